@@ -1,0 +1,1 @@
+"""What authors build with: attention, parallel layers, ParallelContext, registration."""

@@ -1,0 +1,1 @@
+"""Models known to be right, one readable file each."""

@@ -1,0 +1,1 @@
+"""Targets, checkpoints, scenarios, hosts and evidence; nothing in here knows pytest."""

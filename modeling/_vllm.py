@@ -106,3 +106,19 @@ def parallel_group(kind: str) -> tuple[int, int, ProcessGroup | None]:
     if coordinator is None:
         return 0, 1, None
     return coordinator.rank_in_group, coordinator.world_size, coordinator.device_group
+
+
+def register(arch: str, model_class: type[nn.Module]) -> None:
+    """Make vLLM in this process build `model_class` for `architectures: [arch]`."""
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(arch, model_class)
+
+
+def register_config() -> None:
+    """Teach transformers, whose AutoConfig vLLM reads config.json with, `model_type: genmodel`."""
+    from transformers import AutoConfig
+
+    from genmodel.modeling.hf_config import GenModelConfig
+
+    AutoConfig.register(GenModelConfig.model_type, GenModelConfig, exist_ok=True)

@@ -1,0 +1,285 @@
+"""What comes back from running a model: plain, picklable, savable data. Checks read nothing else.
+
+Shapes: P prompt tokens, G generated tokens, K scored candidates per position, V vocabulary, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+FailureKind = Literal["raised", "died", "timeout", "unusable", "proof"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a scenario gave no evidence.
+
+    `kind` tells whose fault it is: "raised" (the model or vLLM raised), "died" (a signal or exit),
+    "timeout", "unusable" (the target or the options; exit code 4) or "proof" (the harness did not get
+    the path the scenario is named for: an error, never a verdict on the model).
+    """
+
+    kind: FailureKind
+    scenario: str
+    message: str
+    """One line."""
+    rank: int | None = None
+    phase: str = ""
+    """What the host was doing, such as "loading weights"."""
+    details: str = ""
+    """Several lines: a traceback trimmed to the model's own frames, or the log's end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt and how it is continued; `temperature` 0 is greedy."""
+
+    name: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The K best-scored token ids of N consecutive positions, best first; K is V for small vocabularies.
+
+    Row i scores the token at position `first + i + 1`, that is, it is computed at position `first + i`.
+    """
+
+    first: int
+    ids: torch.Tensor
+    """[N, K] int64."""
+    values: torch.Tensor
+    """[N, K] float32, raw logits as `compute_logits` returned them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """What one engine made of one request."""
+
+    request: Request
+    generated: tuple[int, ...]
+    prompt_scores: Scores | None
+    """Positions 0 .. P-2: one row per prompt token but the first; None for one-token prompts."""
+    step_scores: Scores
+    """Positions P-1 .. P+G-2: one row per generated token; row 0 is the end of prefill, the rest decode."""
+    cached_tokens: int = 0
+    """Prompt tokens vLLM took from its prefix cache."""
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """Prompt and generated tokens but the last, which nothing was computed from; the reference's input."""
+        return self.request.prompt + self.generated[:-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What an engine reports about the path it really took."""
+
+    world_size: int
+    tensor_parallel_size: int
+    rank: int
+    pid: int
+    worker_pids: tuple[int, ...]
+    """Processes that hold the model: this one for in-process engines."""
+    model_class: str
+    """Class of the model the workers really built."""
+    attention_backend: str
+    dtype: str
+    executor: str
+    start_method: str
+    """"in-process" or the multiprocessing start method of the workers."""
+    batch_sizes: tuple[int, ...]
+    """Most requests running together in each batch of requests handed to `generate`."""
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Evidence of one generation scenario on one rank."""
+
+    scenario: str
+    tensor_parallel_size: int
+    rank: int
+    continuations: tuple[Continuation, ...]
+    proof: Proof
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceRun:
+    """The reference's logits for every token sequence the engines produced (teacher forced).
+
+    `logits[sequence]` is [T, V] float32, rounded from the higher-precision run. `noise_max` and
+    `noise_mean` are [T] float32: the max and mean over V of |tested dtype - higher precision|, the noise
+    floor at each position.
+    """
+
+    description: str
+    """What served as the reference, in words for the report."""
+    independent: bool
+    """False if the factory's own pure-PyTorch run had to serve."""
+    dtype: str
+    higher_dtype: str
+    logits: dict[tuple[int, ...], torch.Tensor]
+    noise_max: dict[tuple[int, ...], torch.Tensor]
+    noise_mean: dict[tuple[int, ...], torch.Tensor]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterInfo:
+    """A parameter as registered in a build."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    requires_grad: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionInfo:
+    """One KV-cached attention layer; head counts are the rank's own."""
+
+    module: str
+    prefix: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What one method gave when called on `tokens` flattened tokens."""
+
+    call: str
+    """As a person would write it, such as "forward(input_ids[7], positions[7])"."""
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    error: str | None = None
+    """One line if the call raised or returned no tensor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What the target is and what it builds, found without any engine."""
+
+    kind: str
+    """"class", "function", "lambda", "callable object" or "vLLM-style class"."""
+    signature: str
+    model_class: str
+    native: bool
+    """Whether it builds vLLM's own layers, so that its pure-PyTorch run is an evaluation of those."""
+    problems: tuple[str, ...]
+    """What is missing of vLLM's interface, one sentence each."""
+    vllm_accepts: bool
+    """vLLM's own is_text_generation_model on the class it will build."""
+    vllm_says: str
+    """What vLLM logged about it."""
+    parameters: dict[str, ParameterInfo]
+    rebuilt_parameters: dict[str, ParameterInfo]
+    """Of a second build of the same target and config."""
+    unregistered: tuple[str, ...]
+    """Tensors and modules found in plain lists, tuples and dicts, where PyTorch does not see them."""
+    attention: tuple[AttentionInfo, ...]
+    embed: Probe
+    forward: Probe
+    logits: Probe
+    probe_tokens: int
+    hidden_size: int
+    vocab_size: int
+    ignores_config: bool
+    """True if the factory never read its config, so that the geometry was inferred from the model."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterGradient:
+    """Gradient of the mean next-token loss with respect to one parameter, in float64."""
+
+    norm: float | None
+    """None if backward left no gradient."""
+    finite: bool
+    analytic: float
+    """Directional derivative along a random unit direction, from backward."""
+    numeric: float
+    """The same by central differences."""
+    noise: float
+    """How far rounding alone can move `numeric`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """Two sequences in one packed forward against each alone; [T, hidden] differences, float64."""
+
+    difference: float
+    """Largest |packed - alone| over both sequences' hidden states."""
+    leak: float
+    """Largest |d hidden of one sequence / d embedding of the other|."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gradients:
+    """Evidence of training the model standalone, as its own PyTorch code, at TP=1 in float64."""
+
+    loss: float
+    parameters: dict[str, ParameterGradient]
+    """Every parameter that requires a gradient."""
+    frozen: tuple[str, ...]
+    """Names of parameters with requires_grad=False."""
+    attention_inputs: dict[str, tuple[float, float, float]]
+    """Norms of the gradients reaching q, k and v, by attention module; zeros mean none arrived."""
+    future_leak: float | None
+    """Largest |d hidden[t] / d embedding[s]| over all s > t; None if no embedding could be tapped."""
+    past_reach: float | None
+    """Largest |d hidden[t] / d embedding[s]| over all s < t: proof that the tap works."""
+    packing: Packing | None
+    packing_reason: str
+    """Why there is no packing evidence."""
+    hidden_scale: float
+    """Largest |hidden| of the evaluation run, for relative statements."""
+    declares_dropout: bool
+    train_eval_difference: float
+    """Largest |hidden(train) - hidden(eval)|."""
+    train_train_difference: float
+    """The same between two training-mode runs under different seeds."""
+    eval_eval_difference: float
+    """The same between two evaluation-mode runs under different seeds."""
+    losses: tuple[float, ...]
+    """Loss before each optimiser step on one batch, and after the last."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetInfo:
+    """What `--genmodel` named, as reports call it, and how it was run."""
+
+    name: str
+    spec: str
+    tensor_parallel_sizes: tuple[int, ...]
+    dtype: str
+    top_k: int
+    seed: int
+    weights: str
+    """Where the weights come from, in words."""
+    config: str
+    """Where the config comes from, in words."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Evidence:
+    """Everything known about one target; `traces` is keyed (scenario, tensor-parallel size), one trace per rank."""
+
+    target: TargetInfo
+    inspection: Inspection | Failure | None = None
+    gradients: Gradients | Failure | None = None
+    reference: ReferenceRun | Failure | None = None
+    traces: dict[tuple[str, int], tuple[Trace, ...] | Failure] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall seconds by phase: import, prepare, engine start, generate, reference, gradients, tear-down."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Versions: python, torch, vllm, transformers, genmodel, platform, cpu/gpu."""

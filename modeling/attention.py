@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -45,7 +46,7 @@ class _Packing:
                 f"got shape {list(cu_seqlens.shape)}, {cu_seqlens.dtype}"
             )
         bounds = cu_seqlens.tolist()
-        lengths = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+        lengths = tuple(end - start for start, end in pairwise(bounds))
         if bounds[0] != 0 or min(lengths) < 0:
             raise ValueError(f"cu_seqlens must begin with 0 and never decrease, got {bounds}")
         return cls(cu_seqlens.to(torch.int32), lengths)
@@ -184,11 +185,12 @@ class TrainableAttention(nn.Module):
             return out
         self._check_shapes(q, k, v)
         packing = _ambient_packing.get() if cu_seqlens is None else _Packing.of(cu_seqlens)
-        rows = q.shape[:-1]
-        q_BTHD = q.reshape(-1, rows[-1], self.num_heads, self.head_dim)
-        k_BTKD = k.reshape(-1, rows[-1], self.num_kv_heads, self.head_dim)
-        v_BTKD = v.reshape(-1, rows[-1], self.num_kv_heads, self.head_dim)
-        if packing is not None and (len(q_BTHD) != 1 or sum(packing.lengths) != rows[-1]):
+        tokens = q.shape[-2]
+        batch = q.shape[0] if q.dim() == 3 else 1
+        q_BTHD = q.reshape(batch, tokens, self.num_heads, self.head_dim)
+        k_BTKD = k.reshape(batch, tokens, self.num_kv_heads, self.head_dim)
+        v_BTKD = v.reshape(batch, tokens, self.num_kv_heads, self.head_dim)
+        if packing is not None and (batch != 1 or sum(packing.lengths) != tokens):
             raise ValueError(
                 f"cu_seqlens ends at {sum(packing.lengths)} but q has shape {list(q.shape)}: "
                 "packed sequences are laid end to end, [tokens, ..] or [1, tokens, ..]"
@@ -197,9 +199,8 @@ class TrainableAttention(nn.Module):
         if backend == "sdpa":
             return self._sdpa(q_BTHD, k_BTKD, v_BTKD, packing).reshape(q.shape)
         if packing is None:
-            batch = len(q_BTHD)
-            bounds = torch.arange(0, (batch + 1) * rows[-1], rows[-1], dtype=torch.int32, device=q.device)
-            packing = _Packing(bounds, (rows[-1],) * batch)
+            bounds = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * tokens
+            packing = _Packing(bounds, (tokens,) * batch)
         kernel = self._flash if backend == "flash" else self._varlen
         return kernel(q_BTHD.flatten(0, 1), k_BTKD.flatten(0, 1), v_BTKD.flatten(0, 1), packing).reshape(q.shape)
 
@@ -323,6 +324,7 @@ class TrainableAttention(nn.Module):
         return visible_TT
 
     def extra_repr(self) -> str:
+        """What print(module) shows in the brackets."""
         shown = ("num_heads", "num_kv_heads", "head_dim", "scale", "sliding_window", "soft_cap", "prefix")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
@@ -368,9 +370,7 @@ class TrainableFlashAttention(nn.Module):
     ) -> None:
         super().__init__()
         if head_dim is None and hidden_size % num_heads:
-            raise ValueError(
-                f"hidden_size ({hidden_size}) is not divisible by num_heads ({num_heads}): pass head_dim if that is meant"
-            )
+            raise ValueError(f"hidden_size ({hidden_size}) is not divisible by num_heads ({num_heads}): pass head_dim")
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.rotary = rotary
         self.qkv = QKVParallelLinear(
@@ -436,8 +436,10 @@ def _torch_varlen_is_usable() -> bool:
 def _check_installed(backend: Backend) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f'backend must be one of {", ".join(get_args(Backend))}, got "{backend}"')
-    if not _installed(backend):
-        package = "flash-attn is not" if backend == "flash" else f"torch {torch.__version__} has no varlen attention"
-        hint = "install flash-attn" if backend == "flash" else "install torch 2.11 or later"
-        package += " installed" if backend == "flash" else " with windows and grouped kv heads"
-        raise ValueError(f'backend="{backend}": {package}; {hint}, or use backend="auto"')
+    if backend == "flash" and not _installed(backend):
+        raise ValueError('backend="flash" needs the flash-attn package, which is not installed: use backend="auto"')
+    if backend == "varlen" and not _installed(backend):
+        raise ValueError(
+            f'backend="varlen" needs torch.nn.attention.varlen with windows and grouped kv heads, '
+            f'which torch {torch.__version__} does not have: use backend="auto"'
+        )

@@ -35,8 +35,8 @@ def copy_to_group(x: Tensor, context: ParallelContext) -> Tensor:
         return x
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    x = DTensor.from_local(x, _mesh(context), [Replicate()], run_check=False)
-    return x.to_local(grad_placements=[Partial()])
+    replicated = DTensor.from_local(x, _mesh(context), [Replicate()], run_check=False)
+    return replicated.to_local(grad_placements=[Partial()])
 
 
 def reduce_from_group(x: Tensor, context: ParallelContext) -> Tensor:
@@ -45,10 +45,10 @@ def reduce_from_group(x: Tensor, context: ParallelContext) -> Tensor:
         return x
     if context.in_engine and not torch.is_grad_enabled():
         return _vllm.all_reduce(x)
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import DTensor, Partial
 
-    x = DTensor.from_local(x, _mesh(context), [Partial()], run_check=False)
-    return x.redistribute(placements=[Replicate()]).to_local()
+    partial = DTensor.from_local(x, _mesh(context), [Partial()], run_check=False)
+    return partial.full_tensor()
 
 
 def gather_from_group(x: Tensor, context: ParallelContext, dim: int = -1) -> Tensor:
@@ -58,10 +58,10 @@ def gather_from_group(x: Tensor, context: ParallelContext, dim: int = -1) -> Ten
     dim %= x.dim()
     if context.in_engine and not torch.is_grad_enabled():
         return _vllm.all_gather(x, dim)
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Shard
 
-    x = DTensor.from_local(x, _mesh(context), [Shard(dim)], run_check=False)
-    return x.redistribute(placements=[Replicate()]).to_local()
+    sharded = DTensor.from_local(x, _mesh(context), [Shard(dim)], run_check=False)
+    return sharded.full_tensor()
 
 
 def _mesh(context: ParallelContext) -> DeviceMesh:

@@ -151,22 +151,24 @@ class _ParallelLayer(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    partitions: dict[str, Partition]
+    """How each parameter is cut, by its name in this module."""
 
     def __init__(self, parallel_context: ParallelContext | None) -> None:
         super().__init__()
         self.parallel_context = parallel_context if parallel_context is not None else ParallelContext()
-        self._partitions: dict[str, Partition] = {}
+        self.partitions = {}
 
     def _add_parameter(self, name: str, partition: Partition | None) -> None:
         if partition is None:
             self.register_parameter(name, None)
             return
-        self._partitions[name] = partition
+        self.partitions[name] = partition
         self.register_parameter(name, nn.Parameter(torch.empty(partition.local_shape)))
         self._attach()
 
     def _attach(self) -> None:
-        for name, partition in self._partitions.items():
+        for name, partition in self.partitions.items():
             param: Any = getattr(self, name)
             param.partition = partition
             param.full_shape = partition.full_shape
@@ -187,7 +189,7 @@ class _ParallelLayer(nn.Module):
     def _initialise_uniform(self, fan_in: int) -> None:
         """nn.Linear's: uniform within 1/sqrt(fan_in), where fan_in counts the full layer's inputs."""
         bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0.0
-        for name, partition in self._partitions.items():
+        for name, partition in self.partitions.items():
             param: Tensor = getattr(self, name)
             full = torch.empty(partition.full_shape, dtype=param.dtype, device=param.device)
             weight_loader(param, full.uniform_(-bound, bound))
@@ -348,7 +350,8 @@ class QKVParallelLinear(_ParallelLayer):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[.., hidden_size] -> this rank's q [.., heads * head_dim], k and v [.., kv heads * head_dim]."""
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if self.kv_replicas > 1 and torch.is_grad_enabled():
             weight = self._sum_gradient_over_replicas(weight)
             bias = None if bias is None else self._sum_gradient_over_replicas(bias)
@@ -363,7 +366,7 @@ class QKVParallelLinear(_ParallelLayer):
         rank holding all kv heads and using one, the sum is copy_to_group's; the zeros in the other
         heads' places never reach the result. This spares a process group per kv head.
         """
-        segments = self._partitions["weight"].segments
+        segments = self.partitions["weight"].segments
         q, *kv = param.split(self.output_sizes, 0)
         summed = []
         for segment, part in zip(segments[1:], kv, strict=True):
@@ -446,7 +449,7 @@ class ParallelLMHead(_ParallelLayer):
         Raises:
             ValueError: the embedding's vocabulary, dimension or sharding differs.
         """
-        theirs, ours = embedding._partitions["weight"], self._partitions["weight"]
+        theirs, ours = embedding.partitions["weight"], self.partitions["weight"]
         if theirs != ours:
             raise ValueError(
                 f"cannot tie a head of {list(ours.full_shape)} (this rank: {list(ours.local_shape)}) to an "

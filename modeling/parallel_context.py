@@ -27,6 +27,9 @@ class GroupMember(NamedTuple):
     group: ProcessGroup | None = None
 
 
+_ALONE = GroupMember()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelContext:
     """Ranks, sizes and process groups, one `GroupMember` per kind of parallelism.
@@ -36,9 +39,9 @@ class ParallelContext:
     that rank's shapes and load that rank's shards, but cannot run forward.
     """
 
-    tensor_parallel: GroupMember = GroupMember()
-    pipeline_parallel: GroupMember = GroupMember()
-    data_parallel: GroupMember = GroupMember()
+    tensor_parallel: GroupMember = _ALONE
+    pipeline_parallel: GroupMember = _ALONE
+    data_parallel: GroupMember = _ALONE
     in_engine: bool = False
     """True only if made inside a vLLM worker: inference collectives then use vLLM's communicator."""
     _mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
@@ -176,7 +179,7 @@ class ParallelContext:
 
 def _member(group: ProcessGroup | None, name: str) -> GroupMember:
     if group is None:
-        return GroupMember()
+        return _ALONE
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(f"this process is not a member of the {name} group: pass the group it belongs to")

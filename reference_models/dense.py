@@ -57,18 +57,14 @@ class Config:
         Raises:
             ValueError: an attribute is missing, or asks for a rotary scaling that is not here.
         """
-        required = (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "vocab_size",
-        )
+        required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
         missing = [name for name in required if not hasattr(hf_config, name)]
         if missing:
             raise ValueError(f"the config has no {', '.join(missing)}; dense needs {', '.join(required)}")
         # transformers 5 moved rope_theta into rope_parameters; older ones have rope_scaling beside it.
-        rope = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
+        rope: dict[str, Any] = {}
+        for name in ("rope_scaling", "rope_parameters"):
+            rope |= getattr(hf_config, name, None) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(f"dense has plain rotary positions only, the config asks for rope_type {kind!r}")
@@ -78,7 +74,7 @@ class Config:
             num_key_value_heads=getattr(hf_config, "num_key_value_heads", None) or heads,
             head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
             rms_norm_eps=getattr(hf_config, "rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or getattr(hf_config, "rope_theta", 10_000.0),
+            rope_theta=rope.get("rope_theta", getattr(hf_config, "rope_theta", 10_000.0)),
             tie_word_embeddings=getattr(hf_config, "tie_word_embeddings", False),
         )
 
@@ -92,6 +88,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x_TC: Tensor) -> Tensor:
+        """[T, C] -> [T, C]."""
         wide = x_TC.to(torch.promote_types(x_TC.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return wide.to(x_TC.dtype) * self.weight
@@ -116,6 +113,8 @@ def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; prefix names it for vLLM's KV cache."""
+
     def __init__(self, config: Config, context: ParallelContext, prefix: str) -> None:
         super().__init__()
         self.head_dim = config.head_dim
@@ -125,6 +124,7 @@ class Attention(nn.Module):
         self.o_proj = RowParallelLinear(heads * self.head_dim, config.hidden_size, parallel_context=context)
 
     def forward(self, x_TC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[T, C] -> [T, C]."""
         q, k, v = self.qkv(x_TC)  # [T, H * D], [T, K * D], [T, K * D]
         q = rotate(q.unflatten(-1, (-1, self.head_dim)), cos, sin).flatten(-2)
         k = rotate(k.unflatten(-1, (-1, self.head_dim)), cos, sin).flatten(-2)
@@ -133,7 +133,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate x) * up x)."""
+    """SwiGLU: down(silu(gate x) * up x)."""
 
     def __init__(self, config: Config, context: ParallelContext) -> None:
         super().__init__()
@@ -142,12 +142,15 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(inner, config.hidden_size, parallel_context=context)
 
     def forward(self, x_TC: Tensor) -> Tensor:
+        """[T, C] -> [T, C]."""
         gate_TF, up_TF = self.gate_up(x_TC).chunk(2, -1)
         out_TC: Tensor = self.down(F.silu(gate_TF) * up_TF)
         return out_TC
 
 
 class Layer(nn.Module):
+    """Attention and MLP, each on a normalised copy of the residual stream that it adds to."""
+
     def __init__(self, config: Config, context: ParallelContext, prefix: str) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -156,11 +159,14 @@ class Layer(nn.Module):
         self.mlp = MLP(config, context)
 
     def forward(self, x_TC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[T, C] -> [T, C]."""
         x_TC = x_TC + self.attn(self.attn_norm(x_TC), cos, sin)
         return x_TC + self.mlp(self.mlp_norm(x_TC))
 
 
 class Dense(nn.Module):
+    """The model, with the methods vLLM calls; a plain PyTorch module in training."""
+
     def __init__(self, config: Config, parallel_context: ParallelContext | None = None) -> None:
         super().__init__()
         context = parallel_context if parallel_context is not None else ParallelContext()
@@ -172,6 +178,8 @@ class Dense(nn.Module):
         self.lm_head = ParallelLMHead(vocab, size, parallel_context=context)
         if config.tie_word_embeddings:
             self.lm_head.tie_weights(self.embed_tokens)
+        with torch.no_grad():
+            self.embed_tokens.weight.mul_(0.02)  # Llama's initializer_range; matters most when tied
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """int [T] -> [T, C]."""
@@ -197,8 +205,8 @@ class Dense(nn.Module):
         cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x_TC.dtype)
         for layer in self.layers:
             x_TC = layer(x_TC, cos, sin)
-        x_TC = self.norm(x_TC)
-        return x_TC
+        out_TC: Tensor = self.norm(x_TC)
+        return out_TC
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[.., C] -> [.., V], on every rank."""

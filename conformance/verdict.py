@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -43,8 +44,17 @@ class Measurement:
 
     @property
     def ok(self) -> bool:
-        """False for NaN too."""
-        return self.measured <= self.allowed
+        """False for NaN, and for an infinite limit, which would let anything pass."""
+        return math.isfinite(self.allowed) and self.measured <= self.allowed
+
+    @property
+    def ratio(self) -> float:
+        """`measured` as a share of `allowed`; 0 or infinity where nothing is allowed, NaN for NaN."""
+        if math.isnan(self.measured) or math.isnan(self.allowed):
+            return math.nan
+        if self.measured <= 0:
+            return 0.0
+        return self.measured / self.allowed if self.allowed > 0 else math.inf
 
 
 class NotApplicable(Exception):
@@ -63,6 +73,8 @@ class Verdict:
     """Why not applicable, failed without measurements, xfailed or in error: one line."""
     details: str = ""
     """Supporting lines: a trimmed traceback or the end of a log."""
+    where: str = ""
+    """Row of the summary table whose evidence is missing, if any is."""
     measurements: tuple[Measurement, ...] = field(default=())
     seconds: float = 0.0
 

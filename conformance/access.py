@@ -1,0 +1,93 @@
+"""How checks get at evidence: what is absent or failed becomes `NoEvidence`, never an AttributeError."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from genmodel.conformance.verdict import NotApplicable
+from genmodel.runners.evidence import Evidence, Failure, Gradients, Inspection, ReferenceRun, Trace
+
+T = TypeVar("T")
+
+REFERENCE = "reference"
+"""Row of the summary for what was measured in pure PyTorch, outside any engine."""
+
+
+def row(size: int) -> str:
+    """Row of the summary for an engine of this tensor-parallel size."""
+    return f"TP={size}"
+
+
+class NoEvidence(Exception):
+    """A scenario that a check needs gave nothing; `failure` is None if it was never run."""
+
+    def __init__(self, scenario: str, where: str, failure: Failure | None) -> None:
+        super().__init__(scenario)
+        self.scenario = scenario
+        self.where = where
+        self.failure = failure
+
+
+def inspection(evidence: Evidence) -> Inspection:
+    """What the target is and builds; raises NoEvidence."""
+    return _present(evidence.inspection, "inspection", REFERENCE)
+
+
+def gradients(evidence: Evidence) -> Gradients:
+    """What training the model showed.
+
+    Raises:
+        NotApplicable: for models built of vLLM's own layers, which do not train.
+        NoEvidence: if the scenario failed or was not run.
+    """
+    if inspection(evidence).native:
+        raise NotApplicable("built of vLLM's own layers, whose parameters are created with requires_grad=False")
+    return _present(evidence.gradients, "gradients", REFERENCE)
+
+
+def reference(evidence: Evidence) -> ReferenceRun:
+    """The logits that engines are compared with; raises NoEvidence."""
+    return _present(evidence.reference, "reference", REFERENCE)
+
+
+def ranks(evidence: Evidence, scenario: str, size: int) -> tuple[Trace, ...]:
+    """The traces of every rank of one engine, at least one; raises NoEvidence."""
+    return _present(evidence.traces.get((scenario, size)) or None, scenario, row(size))
+
+
+def rank_zero(evidence: Evidence, scenario: str, size: int) -> Trace:
+    """The trace of rank 0, the one that is compared with other runs; raises NoEvidence."""
+    for trace in ranks(evidence, scenario, size):
+        if trace.rank == 0:
+            return trace
+    raise NoEvidence(scenario, row(size), None)
+
+
+def sizes(evidence: Evidence) -> tuple[int, ...]:
+    """The tensor-parallel sizes asked for, ascending."""
+    return tuple(sorted(evidence.target.tensor_parallel_sizes))
+
+
+def every_size(evidence: Evidence, *scenarios: str) -> Iterator[int]:
+    """Yield each size at which all `scenarios` have evidence, then raise NoEvidence for the first that has not.
+
+    What can be measured is measured before the check fails for what cannot.
+    """
+    absent: NoEvidence | None = None
+    for size in sizes(evidence):
+        try:
+            for scenario in scenarios:
+                rank_zero(evidence, scenario, size)
+        except NoEvidence as error:
+            absent = absent or error
+        else:
+            yield size
+    if absent is not None:
+        raise absent
+
+
+def _present(found: T | Failure | None, scenario: str, where: str) -> T:
+    if found is None or isinstance(found, Failure):
+        raise NoEvidence(scenario, where, found)
+    return found

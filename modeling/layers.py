@@ -178,11 +178,11 @@ class _ParallelLayer(nn.Module):
     # unpickled (__setstate__) and when it leaves the meta device (_apply).
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._attach()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._attach()
         return self
 

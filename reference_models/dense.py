@@ -161,7 +161,8 @@ class Layer(nn.Module):
     def forward(self, x_TC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
         x_TC = x_TC + self.attn(self.attn_norm(x_TC), cos, sin)
-        return x_TC + self.mlp(self.mlp_norm(x_TC))
+        out_TC: Tensor = x_TC + self.mlp(self.mlp_norm(x_TC))
+        return out_TC
 
 
 class Dense(nn.Module):

@@ -95,7 +95,8 @@ class Layer(nn.Module):
     def forward(self, x_TC: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
         x_TC = x_TC + self.attn(self.attn_norm(x_TC))
-        return x_TC + self.mlp(self.mlp_norm(x_TC))
+        out_TC: Tensor = x_TC + self.mlp(self.mlp_norm(x_TC))
+        return out_TC
 
 
 class GPT(nn.Module):

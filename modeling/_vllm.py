@@ -122,3 +122,164 @@ def register_config() -> None:
     from genmodel.modeling.hf_config import GenModelConfig
 
     AutoConfig.register(GenModelConfig.model_type, GenModelConfig, exist_ok=True)
+
+
+def model_config(model_dir: str, dtype: str) -> VllmConfig:
+    """The VllmConfig vLLM would build a model of this directory from at TP=1, without any engine."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(
+        model=model_dir, skip_tokenizer_init=True, dtype=dtype, enforce_eager=True, compilation_config={"custom_ops": ["none"]}
+    )
+    return arguments.create_engine_config()
+
+
+def is_text_generation_model(model_class: type[nn.Module]) -> tuple[bool, str]:
+    """vLLM's own verdict on the class, and what it logged while forming it."""
+    import logging
+
+    from vllm.model_executor.models.interfaces_base import is_text_generation_model as verdict
+
+    lines: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger("vllm.model_executor.models.interfaces_base"), Collect(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        accepted = bool(verdict(model_class))
+    finally:
+        logger.removeHandler(handler)
+    return accepted, "; ".join(lines)
+
+
+@contextlib.contextmanager
+def native_world(config: VllmConfig) -> Iterator[None]:
+    """Let vLLM's own layers be built and evaluated outside an engine: a gloo world of one."""
+    import tempfile
+
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state as state
+    from vllm.forward_context import set_forward_context
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        # vLLM's layers call torch.accelerator, which a CPU build of torch refuses.
+        from vllm.v1.worker import cpu_model_runner
+
+        cpu_model_runner._set_torch_accelerator_to_noop()
+    with tempfile.TemporaryDirectory(prefix="genmodel-") as directory, standalone(), set_current_vllm_config(config):
+        state.init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")
+        state.initialize_model_parallel(1, 1)
+        try:
+            with set_forward_context(None, config):
+                yield
+        finally:
+            state.destroy_model_parallel()
+            state.destroy_distributed_environment()
+
+
+def start_engine(model_dir: str, **options: Any) -> Any:
+    """An `LLM` for a model directory without a tokenizer, scoring in raw logits over any number of tokens.
+
+    Args:
+        model_dir: directory with config.json and safetensors.
+        **options: engine arguments, passed on.
+    """
+    from vllm import LLM
+
+    return LLM(
+        model=model_dir, skip_tokenizer_init=True, logprobs_mode="raw_logits", max_logprobs=-1, disable_log_stats=False, **options
+    )
+
+
+def stop_engine(llm: Any) -> None:
+    """End an engine so that another, of another size too, can start in the same process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+def leave_world() -> None:
+    """Forget vLLM's process groups in this process, if any were left by a run that raised."""
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
+
+
+def generate(llm: Any, prompts: list[dict[str, Any]]) -> list[Any]:
+    """Run requests together; each is {"tokens", "max_tokens", "temperature", "seed", "candidates", "score_prompt"}.
+
+    Returns vLLM's RequestOutputs in order, with flat logprobs holding raw logits.
+    """
+    from vllm import SamplingParams
+
+    parameters = [
+        SamplingParams(
+            max_tokens=p["max_tokens"],
+            temperature=p["temperature"],
+            seed=p["seed"],
+            logprobs=p["candidates"],
+            prompt_logprobs=p["candidates"] if p["score_prompt"] else None,
+            flat_logprobs=True,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        for p in prompts
+    ]
+    tokens = [{"prompt_token_ids": list(p["tokens"])} for p in prompts]
+    outputs: list[Any] = llm.generate(tokens, parameters, use_tqdm=False)
+    return outputs
+
+
+@contextlib.contextmanager
+def observe_schedule(llm: Any) -> Iterator[list[dict[str, int]]]:
+    """Collect, for each scheduler step of an in-process engine, {request id: tokens computed}."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    schedule, steps = scheduler.schedule, []
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        if output.total_num_scheduled_tokens:
+            steps.append(dict(output.num_scheduled_tokens))
+        return output
+
+    scheduler.schedule = observed
+    try:
+        yield steps
+    finally:
+        scheduler.schedule = schedule
+
+
+def worker_report(worker: Any) -> dict[str, Any]:
+    """Run inside a worker by `collective_rpc`: which process holds which model on which backend."""
+    import multiprocessing
+    import os
+
+    model = worker.get_model()
+    inner = model.model if type(model).__mro__[1].__name__ == "CallableModelWrapper" else model
+    backends = {type(m.impl).__name__ for m in model.modules() if is_attention(m) and hasattr(m, "impl")}
+    parent = multiprocessing.parent_process()
+    return {
+        "pid": os.getpid(),
+        "model_class": f"{type(inner).__module__}.{type(inner).__qualname__}",
+        "backend": ", ".join(sorted(backends)),
+        "dtype": str(next((p.dtype for p in model.parameters()), torch.get_default_dtype())).removeprefix("torch."),
+        "start_method": multiprocessing.get_start_method(allow_none=True) if parent is not None else "in-process",
+    }
+
+
+def engine_facts(llm: Any) -> dict[str, Any]:
+    """What the engine's config says after vLLM adjusted it, and what every worker reports."""
+    config = llm.llm_engine.vllm_config
+    return {
+        "world_size": config.parallel_config.world_size,
+        "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+        "executor": str(config.parallel_config.distributed_executor_backend),
+        "block_size": config.cache_config.block_size,
+        "workers": llm.collective_rpc(worker_report),
+    }

@@ -67,8 +67,8 @@ def register_in_this_process() -> None:
         _vllm.register(arch, as_model_class(target, name=arch))
 
 
-def resolve(spec: str) -> Any:
-    """The object that "module:attr" names.
+def resolve(spec: str, *, callable_only: bool = True) -> Any:
+    """The object that "module:attr" names; a callable, unless told otherwise.
 
     Raises:
         InterfaceError: one line that says which part is wrong and what would have been right.
@@ -92,7 +92,7 @@ def resolve(spec: str) -> Any:
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise InterfaceError(f"{module_name} has no attribute {part!r}{hint}")
         found = getattr(found, part)
-    if not callable(found):
+    if callable_only and not callable(found):
         raise InterfaceError(f"{spec} is a {type(found).__name__}, not something that builds a model when called")
     return found
 

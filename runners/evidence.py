@@ -6,9 +6,10 @@ Shapes: P prompt tokens, G generated tokens, K scored candidates per position, V
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch  # unpickling brings it in where it is needed
 
 FailureKind = Literal["raised", "died", "timeout", "unusable", "proof"]
 

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from genmodel.runners.evidence import Evidence, TargetInfo
+import cloudpickle
+
+from genmodel.runners.evidence import Evidence, Failure, Inspection, ReferenceRun, TargetInfo
+from genmodel.runners.host import Command, Spec
+from genmodel.runners.pool import Job, Pool, Result
+from genmodel.runners.workload import shared_workload
 
 SCENARIOS = ("inspection", "gradients", "reference", "plain", "alone", "deployed")
+ENGINE_SCENARIOS = ("plain", "alone")
+DEADLINE = 300.0
+"""Seconds any one command may take; the slowest, starting a default engine, takes about 30 on two cores."""
+
+HOST_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine cores in the hosts' own processes
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # TP=2 on one NUMA node is refused otherwise
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 class UnusableTarget(Exception):
@@ -40,27 +63,49 @@ class Session:
 
     Args:
         options: the targets; the largest tensor-parallel size among them is the number of hosts.
-        progress: called with one line whenever something slow begins or ends.
+        progress: called with one line whenever something slow begins.
 
     Raises:
         UnusableTarget: (from any method) for a user's mistake, such as a missing vLLM.
     """
 
-    def __init__(self, options: Collection[TargetOptions], progress: Callable[[str], None] = lambda line: None) -> None: ...
+    def __init__(self, options: Collection[TargetOptions], progress: Callable[[str], None] = lambda line: None) -> None:
+        self._size = max((max(o.tensor_parallel_sizes) for o in options), default=1)
+        self._progress = progress
+        self._pool: Pool | None = None
+        self._targets: dict[TargetOptions, _Target] = {}
+        self._begun = time.perf_counter()
 
     def start(self) -> None:
-        """Start importing in the hosts and return at once."""
+        """Start importing in the hosts and return at once.
+
+        Raises:
+            UnusableTarget: if a tensor-parallel size is larger than the machine has devices for.
+        """
+        cores = len(os.sched_getaffinity(0))
+        threads = str(max(1, cores // self._size))
+        self._pool = Pool(self._size, {**HOST_ENVIRONMENT, "OMP_NUM_THREADS": threads})
+        self._pool.start()
 
     def resolve(self, options: TargetOptions) -> TargetInfo:
-        """Import the target in a host; raises UnusableTarget."""
-        raise NotImplementedError
+        """Import the target in a host.
+
+        Raises:
+            UnusableTarget: if that fails for a reason that is not in the model.
+        """
+        return self._target(options).evidence.target
 
     def collect(self, options: TargetOptions, scenarios: Collection[str] = SCENARIOS) -> Evidence:
         """Run what is named (and what that needs) and return the evidence; cached per target."""
-        raise NotImplementedError
+        target = self._target(options)
+        target.collect(set(scenarios))
+        return target.evidence
 
     def close(self) -> None:
         """End the hosts; leaves no process behind."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
     def __enter__(self) -> Session:
         self.start()
@@ -68,3 +113,214 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _target(self, options: TargetOptions) -> _Target:
+        if self._pool is None:
+            self.start()
+        assert self._pool is not None
+        if options not in self._targets:
+            self._targets[options] = _Target(
+                self._pool, options, len(self._targets), lambda line: self._say(options.spec, line)
+            )
+        return self._targets[options]
+
+    def _say(self, name: str, line: str) -> None:
+        self._progress(f"[{time.perf_counter() - self._begun:5.1f} s] {name}: {line}")
+
+
+class _Target:
+    """One target in a session: its checkpoint, and the evidence so far."""
+
+    def __init__(self, pool: Pool, options: TargetOptions, number: int, say: Callable[[str], None]) -> None:
+        self._pool = pool
+        self._options = options
+        self._say = say
+        self._done: set[str] = set()
+        self._seconds: dict[str, float] = {}
+        self._requests: Sequence[Any] = ()
+        directory = pool.directory / f"target{number}"
+        directory.mkdir()
+        arch = "Genmodel_" + re.sub(r"\W+", "_", options.spec)
+        self._spec = Spec(
+            arch=arch if number == 0 else f"{arch}_{number}",
+            spec=options.spec,
+            pickled=None if options.target is None else cloudpickle.dumps(options.target),
+            directory=str(directory),
+            dtype=options.dtype,
+            seed=options.seed,
+            reference=options.reference,
+        )
+        say("importing torch, vLLM and the target")
+        self._ask("import_target", "import", usable=True)
+        self._config = self._ask("load_config", "import", usable=True, spec=None, source=options.config)
+        self.evidence = Evidence(
+            target=TargetInfo(
+                name=options.spec,
+                spec=options.spec,
+                tensor_parallel_sizes=options.tensor_parallel_sizes,
+                dtype=options.dtype,
+                top_k=options.top_k,
+                seed=options.seed,
+                weights=f"seeded adversarial weights (seed {options.seed})" if options.weights is None else str(options.weights),
+                config=options.config or "genmodel's tiny default",
+            ),
+            seconds=self._seconds,
+            environment=self._ask("environment", "import", usable=True, spec=None),
+        )
+        self._spent("import", pool.import_seconds)
+
+    def collect(self, scenarios: set[str]) -> None:
+        """Bring the evidence of these scenarios about, each at most once."""
+        wanted = scenarios - self._done
+        if wanted & {"gradients", "reference", *ENGINE_SCENARIOS, "deployed"} or "inspection" in wanted:
+            self._inspect()
+        inspection = self.evidence.inspection
+        if isinstance(inspection, Failure):
+            self._blame(inspection, wanted)
+        elif inspection is not None:
+            self._run(inspection, wanted)
+        self._done |= wanted
+        if "reference" in self._done and wanted & {"reference", *ENGINE_SCENARIOS, "deployed"}:
+            self._refer()
+
+    def _inspect(self) -> None:
+        if self.evidence.inspection is not None:
+            return
+        self._say("building and inspecting the model, making its checkpoint")
+        weights = None if self._options.weights is None else str(self._options.weights.resolve())
+        found = self._ask("prepare", "inspection", config=self._config, weights=weights)
+        self.evidence.inspection = found
+
+    def _blame(self, failure: Failure, scenarios: set[str]) -> None:
+        """Every scenario of a model that does not build fails for that reason."""
+        if "gradients" in scenarios:
+            self.evidence.gradients = replace(failure, scenario="gradients")
+        if "reference" in scenarios:
+            self.evidence.reference = replace(failure, scenario="reference")
+        for name in (*ENGINE_SCENARIOS, "deployed"):
+            for size in self._options.tensor_parallel_sizes:
+                if name in scenarios and (name != "deployed" or size == self._deployed_size):
+                    self.evidence.traces[name, size] = replace(failure, scenario=name)
+
+    @property
+    def _deployed_size(self) -> int:
+        return max(self._options.tensor_parallel_sizes)
+
+    def _run(self, inspection: Inspection, wanted: set[str]) -> None:
+        """Everything but the reference, in an order that keeps all ranks busy."""
+        longest = int(self._config.get("max_position_embeddings", 256))
+        for note in inspection.notes:
+            match = re.match(r"max_position_embeddings is (\d+)", note)
+            longest = int(match[1]) if match else longest
+        self._requests = shared_workload(inspection.vocab_size, min(longest, 2048), self._options.seed)
+        self._engine_facts = {"vocab_size": inspection.vocab_size, "max_model_len": min(longest, 2048)}
+        engines = [name for name in ENGINE_SCENARIOS if name in wanted]
+        sizes = self._options.tensor_parallel_sizes
+
+        deployed: Job | None = None
+        if "deployed" in wanted and self._pool.size > 1:
+            # The last rank is idle until the first engine that needs all of them.
+            deployed = self._deploy(self._pool.size - 1)
+        if engines and 1 in sizes:
+            self._generate(1, engines)
+        if "gradients" in wanted and not inspection.native:
+            self._say("standalone training: gradients in float64")
+            self.evidence.gradients = self._ask("gradients_of", "gradients")
+        if "deployed" in wanted and deployed is None:
+            deployed = self._deploy(0)
+        if deployed is not None:
+            self._keep("deployed", self._deployed_size, self._wait(deployed, "deployed"))
+        for size in sizes:
+            if engines and size > 1:
+                self._generate(size, engines)
+
+    def _generate(self, size: int, scenarios: list[str]) -> None:
+        self._say(f"vLLM at TP={size}: {', '.join(scenarios)}")
+        command = self._command(
+            "generate",
+            scenarios[0],
+            tensor_parallel_size=size,
+            requests=self._requests,
+            scenarios=scenarios,
+            rendezvous_port=_free_port(),
+            collective=size > 1,
+            **self._engine_facts,
+        )
+        results = self._wait(self._pool.begin(command, range(size)), f"TP={size}")
+        for index, name in enumerate(scenarios):
+            failure = _first_failure(results)
+            if failure is not None:
+                self.evidence.traces[name, size] = replace(failure, scenario=name)
+            else:
+                self.evidence.traces[name, size] = tuple(results[rank].value[index] for rank in sorted(results))
+
+    def _deploy(self, rank: int) -> Job:
+        size = self._deployed_size
+        self._say(f"vLLM as deployed: LLM(tensor_parallel_size={size}), default executor and options")
+        command = self._command(
+            "deploy", "deployed", tensor_parallel_size=size, requests=self._requests, vocab_size=self._engine_facts["vocab_size"]
+        )
+        return self._pool.begin(command, [rank])
+
+    def _keep(self, scenario: str, size: int, results: Mapping[int, Result]) -> None:
+        failure = _first_failure(results)
+        self.evidence.traces[scenario, size] = failure or tuple(result.value for result in results.values())
+
+    def _refer(self) -> None:
+        if isinstance(self.evidence.inspection, Failure):
+            return
+        traces = [trace for found in self.evidence.traces.values() if not isinstance(found, Failure) for trace in found]
+        sequences = sorted({c.sequence for trace in traces for c in trace.continuations})
+        if not sequences:
+            sequences = sorted({request.prompt for request in self._requests})
+        self._say(f"reference in {self._options.dtype} and in higher precision over {len(sequences)} sequences")
+        found: ReferenceRun | Failure = self._ask("reference", "reference", sequences=sequences)
+        self.evidence.reference = found
+
+    def _command(self, name: str, scenario: str, **arguments: Any) -> Command:
+        return Command(name=name, scenario=scenario, arguments={"spec": self._spec, **arguments})
+
+    def _ask(self, name: str, scenario: str, *, usable: bool = False, **arguments: Any) -> Any:
+        """Rank 0's answer or Failure; if `usable`, a Failure is the user's mistake."""
+        command = self._command(name, scenario, **arguments)
+        if arguments.get("spec", self._spec) is None:
+            command = Command(name=name, scenario=scenario, arguments={k: v for k, v in arguments.items() if k != "spec"})
+        result = self._wait(self._pool.begin(command, [0]), scenario)[0]
+        failure = result.failure
+        if failure is None:
+            return result.value
+        if failure.kind == "unusable" or usable:
+            raise UnusableTarget(_explain(failure))
+        return failure
+
+    def _wait(self, job: Job, what: str) -> dict[int, Result]:
+        results = job.wait(DEADLINE)
+        for result in results.values():
+            for phase, seconds in result.seconds.items():
+                self._spent(f"{what}: {phase}", seconds)
+        return results
+
+    def _spent(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = max(seconds, self._seconds.get(phase, 0.0))
+
+
+def _first_failure(results: Mapping[int, Result]) -> Failure | None:
+    """The failure to report: a rank that failed by itself rather than one ended because of it."""
+    failures = [r.failure for r in results.values() if r.failure is not None]
+    return next((f for f in failures if not f.message.startswith("ended because")), failures[0] if failures else None)
+
+
+def _explain(failure: Failure) -> str:
+    if "torchvision::nms" in f"{failure.message} {failure.details}":
+        return (
+            "vLLM cannot be imported because torchvision was built for another torch: "
+            "pip uninstall -y torchvision torchaudio torchcodec (vLLM does not need them for text models)"
+        )
+    return failure.message
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,119 @@
+"""Checkpoints that hide nothing: config.json, and safetensors of seeded adversarial weights.
+
+Freshly initialised weights make a suite worthless: norms are one, biases zero, heads alike, logits
+flat, so a dropped norm or bias changes nothing. The weights made here have logits with a real spread,
+norm weights away from one, biases away from zero, rows of different size (so that heads differ), and
+attention sharp enough to matter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+TINY_CONFIG: dict[str, Any] = {
+    # Llama's names, which most models read; head_dim 32 is the least vLLM's CPU kernels take.
+    "model_type": "genmodel",
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 208,
+    "vocab_size": 331,  # prime: divisible neither by the padding unit nor by any number of ranks
+    "max_position_embeddings": 256,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "layer_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+"""The configuration of a target that brings none."""
+
+LOGIT_SPREAD = 3.0
+"""Standard deviation the logits of a model that ends in a normalisation are given, roughly."""
+
+
+def write_config(directory: Path, config: Mapping[str, Any], arch: str, dtype: str) -> None:
+    """Write config.json so that vLLM builds `arch` from it."""
+    merged = {"model_type": "genmodel", **config, "architectures": [arch], "torch_dtype": dtype}
+    merged.pop("auto_map", None)
+    merged.pop("dtype", None)
+    (directory / "config.json").write_text(json.dumps(merged, indent=2))
+
+
+def adversarial_weights(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    """A full state dict for `model`, float32, the same for the same names, shapes and seed.
+
+    Args:
+        model: a build at TP=1, for the kinds of its modules; its values decide only whether a vector
+            is centred on zero or on one.
+        shapes: checkpoint shape by parameter name; tied parameters appear once.
+        seed: of all values.
+    """
+    owners = {f"{path}.{name}".lstrip("."): module for path, module in model.named_modules() for name, _ in module.named_parameters(recurse=False)}
+    state = model.state_dict(keep_vars=True)
+    return {
+        name: _adversarial(name, shape, owners.get(name), state.get(name), seed).to(torch.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def _adversarial(
+    name: str, shape: tuple[int, ...], owner: nn.Module | None, initial: torch.Tensor | None, seed: int
+) -> torch.Tensor:
+    # Seeded per name: adding a parameter to a model leaves all others as they were.
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+    normal = torch.randn(shape, generator=generator)
+    if len(shape) < 2:
+        if name.endswith("bias"):
+            return 0.3 * normal
+        centred_on_zero = initial is not None and initial.numel() > 0 and bool((initial == 0).all())
+        return (0.0 if centred_on_zero else 1.0) + 0.5 * (2 * torch.rand(shape, generator=generator) - 1)
+    if is_embedding(owner):
+        # Also right as a tied head: hidden states of unit scale times this give LOGIT_SPREAD.
+        return normal * LOGIT_SPREAD / math.sqrt(shape[-1])
+    row_scale = torch.exp(torch.rand(shape[:-1], generator=generator) - 0.5).unsqueeze(-1)
+    fan_in = shape[-1] if len(shape) == 2 else math.prod(shape[1:])
+    return normal * row_scale * 1.4 / math.sqrt(fan_in)
+
+
+def is_embedding(module: nn.Module | None) -> bool:
+    """Whether the module looks rows up: ours, PyTorch's, Megatron's and vLLM's are all named so."""
+    return module is not None and ("Embedding" in type(module).__name__ or "LMHead" in type(module).__name__)
+
+
+def save_weights(directory: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write model.safetensors; tensors must not share memory."""
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / "model.safetensors", {"format": "pt"})
+
+
+def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of every safetensors file in the directory, on the CPU, by name.
+
+    Raises:
+        ValueError: if there is none, or a tensor holds NaN or infinity.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    if not tensors:
+        raise ValueError(f"no *.safetensors file in {directory}")
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise ValueError(f"the weights are not finite: NaN or infinity in {', '.join(bad[:5])}")
+    return tensors

@@ -1,0 +1,265 @@
+"""What a host can be told to do; each function takes the host's state and returns plain data."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+import vllm
+
+from genmodel import __version__
+from genmodel.modeling import _vllm
+from genmodel.modeling.registration import register_model, resolve
+from genmodel.modeling.wrapper import InterfaceError
+from genmodel.runners import checkpoint, engine, gradients, inspection, standalone
+from genmodel.runners.evidence import Gradients, Inspection, ReferenceRun, Request, Trace
+from genmodel.runners.host import Spec, Unusable
+
+# What imports made will never be garbage: looking through it at every tear-down costs a second.
+gc.collect()
+gc.freeze()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+class State:
+    """What a host keeps between commands."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.phase: Any = None
+        self._targets: dict[str, Any] = {}
+        self._engine: Any = None
+
+    def target(self, spec: Spec) -> Any:
+        """The target, resolved and registered with vLLM in this process once."""
+        if spec.arch not in self._targets:
+            found = cloudpickle.loads(spec.pickled) if spec.pickled is not None else _resolve(spec.spec)
+            self._targets[spec.arch] = found
+        return self._targets[spec.arch]
+
+    def register(self, spec: Spec) -> None:
+        """Make vLLM know the target, here and in what this process spawns."""
+        _vllm.register_config()
+        register_model(spec.arch, spec.spec if spec.pickled is None else self.target(spec))
+
+    def start_engine(self, spec: Spec, **options: Any) -> Any:
+        """Start an engine that `stop_engine` or `recover` will end."""
+        self.register(spec)
+        with self.phase("starting the engine"):
+            self._engine = _vllm.start_engine(spec.directory, dtype=spec.dtype, seed=spec.seed, **options)
+        return self._engine
+
+    def stop_engine(self) -> None:
+        """End the engine, if one runs."""
+        running, self._engine = self._engine, None
+        if running is not None:
+            with self.phase("ending the engine"):
+                _vllm.stop_engine(running)
+
+    def recover(self) -> None:
+        """After a command that raised: leave nothing of it behind for the next."""
+        try:
+            self.stop_engine()
+        except Exception:  # a broken engine may fail to end in any way; its process group must still go
+            self._engine = None
+        _vllm.leave_world()
+
+
+def _resolve(spec: str) -> Any:
+    try:
+        return resolve(spec)
+    except InterfaceError as error:
+        raise Unusable(str(error)) from None
+
+
+def environment(state: State) -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    import transformers
+
+    return {
+        "genmodel": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cores": str(len(os.sched_getaffinity(0))),
+    }
+
+
+def import_target(state: State, spec: Spec) -> str:
+    """Import the target (and its reference); returns how it is described, such as "function"."""
+    found = state.target(spec)
+    if spec.reference is not None:
+        _resolve(spec.reference)
+    return inspection.kind(found)
+
+
+def prepare(state: State, spec: Spec, config: dict[str, Any], weights: str | None) -> Inspection:
+    """Write the checkpoint and inspect the target; the first command of every target, on rank 0."""
+    directory = Path(spec.directory)
+    target = state.target(spec)
+    with state.phase("inspecting the target"):
+        checkpoint.write_config(directory, config, spec.arch, spec.dtype)
+        state.register(spec)
+        found, geometry = inspection.inspect_target(target, spec.directory, spec.arch)
+        if geometry:
+            checkpoint.write_config(directory, {**config, **geometry}, spec.arch, spec.dtype)
+    with state.phase("making the weights"):
+        if weights is not None:
+            source = Path(weights)
+            try:
+                checkpoint.read_weights(source)
+            except ValueError as error:
+                raise Unusable(f"--genmodel-weights: {error}") from None
+            for path in source.glob("*.safetensors"):
+                (directory / path.name).symlink_to(path.resolve())
+        else:
+            origin = _resolve(spec.reference) if spec.reference is not None else target
+            with standalone.build(origin, _vllm.model_config(spec.directory, "float32"), torch.float32) as built:
+                shapes = standalone.checkpoint_shapes(built.model)
+                made = checkpoint.adversarial_weights(built.model, shapes, spec.seed)
+            checkpoint.save_weights(directory, made)
+    return found
+
+
+def gradients_of(state: State, spec: Spec) -> Gradients:
+    """Train the target standalone, in float64."""
+    target = state.target(spec)
+    state.register(spec)
+    with state.phase("measuring gradients"):
+        config = _vllm.model_config(spec.directory, "float32")
+        weights = checkpoint.read_weights(Path(spec.directory))
+        with standalone.build(target, config, torch.float64) as built:
+            standalone.load(built, weights)
+            return gradients.measure(built, spec.seed)
+
+
+def generate(
+    state: State,
+    spec: Spec,
+    tensor_parallel_size: int,
+    requests: Sequence[Request],
+    scenarios: Sequence[str],
+    rendezvous_port: int,
+    vocab_size: int,
+    max_model_len: int,
+    collective: bool,
+) -> list[Trace]:
+    """Start one in-process engine (one rank of it, if collective) and run the scenarios through it."""
+    os.environ.update(
+        RANK=str(state.rank if collective else 0),
+        LOCAL_RANK=str(state.rank if collective else 0),
+        WORLD_SIZE=str(tensor_parallel_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(rendezvous_port),
+    )
+    options: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if collective else {}
+    llm = state.start_engine(
+        spec,
+        tensor_parallel_size=tensor_parallel_size,
+        enforce_eager=True,
+        max_model_len=max_model_len,
+        max_num_seqs=16,
+        max_num_batched_tokens=max(2048, max_model_len),
+        block_size=32,
+        kv_cache_memory_bytes=64 << 20,
+        enable_prefix_caching=False,
+        **options,
+    )
+    batches = {"plain": [list(requests)], "alone": [[request] for request in requests]}
+    traces = []
+    for scenario in scenarios:
+        with state.phase(f"generating ({scenario})"):
+            traces.append(
+                engine.trace(llm, batches[scenario], scenario=scenario, rank=state.rank, vocab_size=vocab_size)
+            )
+    state.stop_engine()
+    return traces
+
+
+def deploy(state: State, spec: Spec, tensor_parallel_size: int, requests: Sequence[Request], vocab_size: int) -> Trace:
+    """What users deploy: `LLM(model, tensor_parallel_size=N)` with the default executor and spawned workers."""
+    changes: dict[str, str | None] = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    with engine.environment({**changes, **engine.DEPLOYED_ENVIRONMENT}):
+        llm = state.start_engine(spec, tensor_parallel_size=tensor_parallel_size, kv_cache_memory_bytes=256 << 20)
+        with state.phase("generating (deployed)"):
+            found = engine.trace(
+                llm, [list(requests)], scenario="deployed", rank=0, vocab_size=vocab_size, in_process=False
+            )
+        state.stop_engine()
+    return found
+
+
+def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]]) -> ReferenceRun:
+    """Teacher-force the reference on token sequences, in the tested dtype and in a higher precision."""
+    independent = spec.reference is not None
+    target = _resolve(spec.reference) if spec.reference is not None else state.target(spec)
+    state.register(spec)
+    weights = checkpoint.read_weights(Path(spec.directory))
+    higher = "float64" if spec.dtype == "float32" else "float32"
+    runs: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
+    native = False
+    with state.phase("running the reference"):
+        for dtype in (spec.dtype, higher):
+            config = _vllm.model_config(spec.directory, "float32")
+            with standalone.build(target, config, DTYPES[dtype]) as built, torch.no_grad():
+                standalone.load(built, weights)
+                native = built.native
+                runs[dtype] = {s: built.logits(torch.tensor(s)) for s in sequences}
+    errors = {s: (runs[spec.dtype][s].double() - runs[higher][s].double()).abs() for s in sequences}
+    own = "its vLLM layers evaluated by plain PyTorch" if native else "run as plain PyTorch outside vLLM"
+    return ReferenceRun(
+        description=spec.reference
+        if spec.reference is not None
+        else f"NOT INDEPENDENT: the target itself, {own}; a mistake in the model's own mathematics is on both sides",
+        independent=independent,
+        dtype=spec.dtype,
+        higher_dtype=higher,
+        logits={s: runs[higher][s].float() for s in sequences},
+        noise_max={s: error.amax(-1).float() for s, error in errors.items()},
+        noise_mean={s: error.mean(-1).float() for s, error in errors.items()},
+    )
+
+
+def load_config(state: State, source: str | None) -> dict[str, Any]:
+    """The configuration `--genmodel-config` names; the tiny default one for None."""
+    if source is None:
+        return dict(checkpoint.TINY_CONFIG)
+    if not source.endswith(".json"):
+        return _config_object(source)
+    try:
+        found = json.loads(Path(source).read_text())
+    except OSError as error:
+        raise Unusable(f"--genmodel-config={source}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise Unusable(f"--genmodel-config={source} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise Unusable(f"--genmodel-config={source} holds a {type(found).__name__}, not an object with named settings")
+    return found
+
+
+def _config_object(source: str) -> dict[str, Any]:
+    module_name, colon, attribute = source.partition(":")
+    if not colon:
+        raise Unusable(f"--genmodel-config={source} is neither a .json file nor my_pkg.my_module:attribute")
+    try:
+        found: Any = resolve(f"{module_name}:{attribute}", callable_only=False)
+    except InterfaceError as error:
+        raise Unusable(f"--genmodel-config: {error}") from None
+    if callable(found) and not hasattr(found, "to_dict"):
+        found = found()
+    if hasattr(found, "to_dict"):
+        found = found.to_dict()
+    if not isinstance(found, dict):
+        raise Unusable(f"--genmodel-config={source} is a {type(found).__name__}, not a dict or a Hugging Face config")
+    return found

@@ -1,0 +1,130 @@
+"""Real vLLM engines: start one, put the workload through it, and keep what it scored as evidence."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from genmodel.modeling import _vllm
+from genmodel.runners.evidence import Continuation, Proof, Request, Scores, Trace
+
+FULL_VOCABULARY = 4096
+"""Up to this size every logit is kept; beyond it the best CANDIDATES of each position."""
+CANDIDATES = 1024
+DEPLOYED_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # our own question to the workers travels as a function
+}
+
+
+def candidates(vocab_size: int) -> int:
+    """K, the number of scored candidates per position."""
+    return vocab_size if vocab_size <= FULL_VOCABULARY else CANDIDATES
+
+
+def trace(
+    llm: Any,
+    batches: Sequence[Sequence[Request]],
+    *,
+    scenario: str,
+    rank: int,
+    vocab_size: int,
+    in_process: bool = True,
+    score_prompt: bool = True,
+) -> Trace:
+    """Run batch after batch of requests and return what the engine scored.
+
+    Args:
+        llm: a started engine.
+        batches: requests of one batch are submitted together.
+        scenario: the name the trace is kept under.
+        rank: this process's tensor-parallel rank.
+        vocab_size: V.
+        in_process: whether the scheduler lives in this process and can be observed.
+        score_prompt: also score the prompt's tokens; vLLM does not read its prefix cache then.
+    """
+    facts = _vllm.engine_facts(llm)
+    continuations: list[Continuation] = []
+    sizes: list[int] = []
+    for requests in batches:
+        prompts = [
+            {
+                "tokens": r.prompt,
+                "max_tokens": r.max_tokens,
+                "temperature": r.temperature,
+                "seed": r.seed,
+                "candidates": candidates(vocab_size),
+                "score_prompt": score_prompt,
+            }
+            for r in requests
+        ]
+        with _vllm.observe_schedule(llm) if in_process else contextlib.nullcontext([]) as steps:
+            outputs = _vllm.generate(llm, prompts)
+        sizes.append(max((len(step) for step in steps), default=0))
+        continuations += [_continuation(r, o) for r, o in zip(requests, outputs, strict=True)]
+    mine = facts["workers"][0]
+    return Trace(
+        scenario=scenario,
+        tensor_parallel_size=facts["tensor_parallel_size"],
+        rank=rank,
+        continuations=tuple(continuations),
+        proof=Proof(
+            world_size=facts["world_size"],
+            tensor_parallel_size=facts["tensor_parallel_size"],
+            rank=rank,
+            pid=os.getpid(),
+            worker_pids=tuple(w["pid"] for w in facts["workers"]),
+            model_class=mine["model_class"],
+            attention_backend=mine["backend"],
+            dtype=mine["dtype"],
+            executor=facts["executor"],
+            start_method=mine["start_method"],
+            batch_sizes=tuple(sizes) if in_process else (),
+            block_size=facts["block_size"],
+        ),
+    )
+
+
+def _continuation(request: Request, output: Any) -> Continuation:
+    prompt_length = len(request.prompt)
+    completion = output.outputs[0]
+    return Continuation(
+        request=request,
+        generated=tuple(completion.token_ids),
+        prompt_scores=_scores(output.prompt_logprobs, 0) if output.prompt_logprobs and prompt_length > 1 else None,
+        step_scores=_scores(completion.logprobs, prompt_length - 1),
+        cached_tokens=output.num_cached_tokens or 0,
+    )
+
+
+def _scores(flat: Any, first: int) -> Scores:
+    """vLLM's flat lists, whose rows are the chosen token and then the K best; empty rows are left out."""
+    rows = [(start, end) for start, end in zip(flat.start_indices, flat.end_indices, strict=True) if end > start]
+    width = rows[0][1] - rows[0][0]
+    ids = np.asarray(flat.token_ids, dtype=np.int64).reshape(len(rows), width)[:, 1:]
+    values = np.asarray(flat.logprobs, dtype=np.float32).reshape(len(rows), width)[:, 1:]
+    return Scores(first=first, ids=torch.from_numpy(ids.copy()), values=torch.from_numpy(values.copy()))
+
+
+@contextlib.contextmanager
+def environment(changes: dict[str, str | None]) -> Iterator[None]:
+    """Change environment variables for a while; None removes one."""
+    before = {name: os.environ.get(name) for name in changes}
+    _apply(changes)
+    try:
+        yield
+    finally:
+        _apply(before)
+
+
+def _apply(changes: dict[str, str | None]) -> None:
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -1,0 +1,231 @@
+"""What a target is and what it builds, found out without any engine."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from genmodel.modeling import _vllm
+from genmodel.modeling.attention import TrainableAttention
+from genmodel.modeling.wrapper import (
+    InterfaceError,
+    as_model_class,
+    embedding_method,
+    interface_problems,
+    is_vllm_style,
+)
+from genmodel.runners import standalone
+from genmodel.runners.evidence import AttentionInfo, Inspection, ParameterInfo, Probe
+
+PROBE_TOKENS = 7
+
+
+def kind(target: object) -> str:
+    """How reports call what an author registered."""
+    if is_vllm_style(target):
+        return "vLLM-style class"
+    if isinstance(target, type):
+        return "class"
+    if isinstance(target, types.FunctionType):
+        return "lambda" if target.__name__ == "<lambda>" else "function"
+    return "callable object"
+
+
+def inspect_target(target: Any, model_dir: str, arch: str) -> tuple[Inspection, dict[str, Any]]:
+    """Build the target twice in plain PyTorch and call its methods once.
+
+    Returns:
+        The inspection, and the settings of config.json that the model turned out not to follow, with
+        the model's own values: empty for a model that reads its config.
+
+    Raises:
+        Exception: whatever building raises.
+    """
+    config = _vllm.model_config(model_dir, "float32")
+    hf_config = config.model_config.hf_config
+    with _explained(hf_config), standalone.build(target, config, torch.float32) as first:
+        # Parameters made with torch.empty hold whatever was in memory, NaN and traps included.
+        for parameter in first.model.parameters():
+            torch.nn.init.normal_(parameter.data, std=0.05)
+        parameters = _parameters(first.model)
+        problems = interface_problems(first.model)
+        embed, forward, logits = _probe(first)
+        attention = tuple(_attention(first.model))
+        unregistered = tuple(_unregistered(first.model))
+        model_class = f"{type(first.model).__module__}.{type(first.model).__qualname__}"
+        native = first.native
+        limit = _longest(first, int(getattr(hf_config, "max_position_embeddings", 256)))
+    rebuilt = _build_parameters(target, model_dir)
+    geometry = _geometry(hf_config, embed, logits, attention, limit)
+    ignores = False
+    if geometry:
+        # A model that pads its logits differs from the config too; only one whose shapes do not move
+        # with the config at all does not read it.
+        hidden, vocab = hf_config.hidden_size, hf_config.vocab_size
+        moved = _build_parameters(target, model_dir, hidden_size=2 * hidden, vocab_size=vocab + 64)
+        ignores = moved is not None and moved == rebuilt
+    if not ignores:
+        geometry = {}
+    accepted, said = _vllm.is_text_generation_model(as_model_class(target, name=arch))
+    return Inspection(
+        kind=kind(target),
+        signature=f"{getattr(target, '__name__', type(target).__name__)}{inspect.signature(target)}",
+        model_class=model_class,
+        native=native,
+        problems=tuple(problems),
+        vllm_accepts=accepted,
+        vllm_says=said,
+        parameters=parameters,
+        rebuilt_parameters=rebuilt or {},
+        unregistered=unregistered,
+        attention=attention,
+        embed=embed,
+        forward=forward,
+        logits=logits,
+        probe_tokens=PROBE_TOKENS,
+        hidden_size=geometry.get("hidden_size", hf_config.hidden_size),
+        vocab_size=geometry.get("vocab_size", hf_config.vocab_size),
+        ignores_config=ignores,
+        notes=tuple(f"{name} is {value}, taken from the model: it does not read its config" for name, value in geometry.items()),
+    ), geometry
+
+
+class _explained:
+    """Turn an AttributeError on the config into what the author can do about it."""
+
+    def __init__(self, hf_config: Any) -> None:
+        self._config = hf_config
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, AttributeError) and error.obj is self._config:
+            names = sorted(name for name in vars(self._config) if not name.startswith("_") and name in self._config.to_diff_dict())
+            raise InterfaceError(
+                f"the model reads config.{error.name}, which the config does not have: name one that has it with "
+                f"--genmodel-config=FILE.json (this one has {', '.join(names)})"
+            ) from None
+
+
+def _build_parameters(target: Any, model_dir: str, **overrides: int) -> dict[str, ParameterInfo] | None:
+    """Names and shapes of a fresh build; None if a config so changed cannot be built."""
+    config = _vllm.model_config(model_dir, "float32")
+    for name, value in overrides.items():
+        setattr(config.model_config.hf_config, name, value)
+    try:
+        with standalone.build(target, config, torch.float32) as built:
+            return _parameters(built.model)
+    except Exception:
+        if not overrides:
+            raise
+        return None  # a model may refuse a changed geometry, which also shows that it reads it
+
+
+def _parameters(model: nn.Module) -> dict[str, ParameterInfo]:
+    return {
+        name: ParameterInfo(shape=tuple(p.shape), dtype=str(p.dtype).removeprefix("torch."), requires_grad=p.requires_grad)
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _probe(built: standalone.Standalone) -> tuple[Probe, Probe, Probe]:
+    ids, positions = torch.arange(PROBE_TOKENS), torch.arange(PROBE_TOKENS)
+    model: Any = built.model
+    hidden: list[torch.Tensor] = []
+
+    def forward() -> Any:
+        hidden.append(model(input_ids=ids, positions=positions))
+        return hidden[0]
+
+    n = PROBE_TOKENS
+    embed = _call(f"embed_input_ids(input_ids[{n}])", lambda: (embedding_method(model) or model.embed_input_ids)(ids))
+    ran = _call(f"forward(input_ids=[{n}], positions=[{n}])", forward)
+    logits = _call(f"compute_logits(hidden_states[{n}, hidden])", lambda: model.compute_logits(hidden[0]))
+    return embed, ran, logits
+
+
+def _call(call: str, function: Callable[[], Any]) -> Probe:
+    try:
+        with torch.no_grad():
+            value = function()
+    except Exception as error:
+        message = str(error).strip().splitlines() or [""]
+        return Probe(call=call, shape=None, dtype=None, error=f"{type(error).__name__}: {message[0]}")
+    if not isinstance(value, torch.Tensor):
+        return Probe(call=call, shape=None, dtype=None, error=f"returned a {type(value).__name__}, not a tensor")
+    return Probe(call=call, shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."))
+
+
+def _attention(model: nn.Module) -> Iterator[AttentionInfo]:
+    for name, module in model.named_modules():
+        layer: Any = module
+        if isinstance(module, TrainableAttention):
+            yield AttentionInfo(
+                module=name, prefix=layer.prefix, num_heads=layer.num_heads, num_kv_heads=layer.num_kv_heads, head_dim=layer.head_dim
+            )
+        elif _vllm.is_attention(module):
+            yield AttentionInfo(
+                module=name, prefix=layer.layer_name, num_heads=layer.num_heads, num_kv_heads=layer.num_kv_heads, head_dim=layer.head_size
+            )
+
+
+def _unregistered(model: nn.Module) -> Iterator[str]:
+    """Parameters and modules that only a plain container holds, so that no state dict has them."""
+    registered = {id(m) for m in model.modules()} | {id(p) for p in model.parameters()}
+    for path, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute.startswith("_") and attribute in nn.Module().__dict__:
+                continue
+            if isinstance(value, (list, tuple, dict)):
+                yield from _hidden(f"{path}.{attribute}".lstrip("."), value, registered, depth=3)
+
+
+def _hidden(name: str, value: Any, registered: set[int], depth: int) -> Iterator[str]:
+    if isinstance(value, nn.Module):
+        if id(value) not in registered and next(value.parameters(), None) is not None:
+            yield f"{name} ({type(value).__name__})"
+    elif isinstance(value, torch.Tensor):
+        if id(value) not in registered and (isinstance(value, nn.Parameter) or value.requires_grad):
+            yield f"{name} {list(value.shape)}"
+    elif depth and isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _hidden(f"{name}[{index}]", item, registered, depth - 1)
+    elif depth and isinstance(value, dict):
+        for key, item in value.items():
+            yield from _hidden(f"{name}[{key!r}]", item, registered, depth - 1)
+
+
+def _longest(built: standalone.Standalone, configured: int) -> int:
+    """The most positions, up to the configured number, that a forward pass survives."""
+    limit = configured
+    while limit > 32:
+        last = torch.tensor([limit - 1])
+        probe = _call("", lambda last=last: built.model(input_ids=torch.zeros_like(last), positions=last))  # type: ignore[misc]
+        if probe.error is None or not probe.error.startswith("IndexError"):
+            break
+        limit //= 2
+    return limit
+
+
+def _geometry(
+    hf_config: Any, embed: Probe, logits: Probe, attention: tuple[AttentionInfo, ...], limit: int
+) -> dict[str, Any]:
+    """Settings the model contradicts, with the model's values."""
+    seen: dict[str, Any] = {}
+    if embed.shape is not None:
+        seen["hidden_size"] = embed.shape[-1]
+    if logits.shape is not None:
+        seen["vocab_size"] = logits.shape[-1]
+    if attention:
+        seen["num_hidden_layers"] = len(attention)
+        seen["num_attention_heads"] = attention[0].num_heads
+        seen["num_key_value_heads"] = attention[0].num_kv_heads
+        seen["head_dim"] = attention[0].head_dim
+    seen["max_position_embeddings"] = limit
+    return {name: value for name, value in seen.items() if getattr(hf_config, name, value) != value}

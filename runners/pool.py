@@ -1,0 +1,239 @@
+"""The pool of hosts: starts them, gives each its commands, and outlives whatever a model does to them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from genmodel.runners.evidence import Failure
+from genmodel.runners.host import Command
+
+IMPORT_DEADLINE = 240.0
+"""Seconds a host may take to import torch and vLLM; a cold disk needs about 60."""
+
+
+@dataclass(slots=True)
+class _Host:
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    log: Path
+    ready: bool = False
+    phase: str = "importing torch and vLLM"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One rank's answer, or why there is none; `seconds` by phase."""
+
+    value: Any
+    failure: Failure | None
+    seconds: Mapping[str, float]
+
+
+class Pool:
+    """`size` hosts with ranks 0 .. size-1; a rank whose host died gets a new one at its next command.
+
+    Args:
+        size: the largest tensor-parallel size that will be asked for.
+        environment: additions to every host's environment.
+    """
+
+    def __init__(self, size: int, environment: Mapping[str, str] = {}) -> None:
+        self._environment = dict(environment)
+        self.directory = Path(tempfile.mkdtemp(prefix="genmodel-"))
+        self._hosts: list[_Host | None] = [None] * size
+        self.import_seconds = 0.0
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self._hosts)
+
+    def start(self) -> None:
+        """Start what is not running; returns at once, while the hosts import."""
+        for rank in range(self.size):
+            self._ensure(rank)
+
+    def begin(self, command: Command, ranks: Sequence[int]) -> Job:
+        """Give the same command to several ranks; the ranks must be idle."""
+        hosts = [self._ensure(rank) for rank in ranks]
+        for host in hosts:
+            # A host that cannot even be written to is found dead by the job.
+            with contextlib.suppress(OSError):
+                host.connection.send(command)
+        return Job(self, command, dict(zip(ranks, hosts, strict=True)))
+
+    def run(self, command: Command, ranks: Sequence[int], deadline: float) -> dict[int, Result]:
+        """`begin` and wait."""
+        return self.begin(command, ranks).wait(deadline)
+
+    def close(self) -> None:
+        """End every host and whatever it started; leaves nothing behind."""
+        for host in self._hosts:
+            if host is not None:
+                with contextlib.suppress(OSError):
+                    host.connection.send(None)
+        deadline = time.monotonic() + 2.0
+        for rank, host in enumerate(self._hosts):
+            if host is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    host.process.wait(max(0.0, deadline - time.monotonic()))
+                self.discard(rank)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def discard(self, rank: int) -> None:
+        """Kill a host and its children, if it still lives."""
+        host, self._hosts[rank] = self._hosts[rank], None
+        if host is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(host.process.pid, signal.SIGKILL)
+        host.process.wait()
+        host.connection.close()
+
+    def _ensure(self, rank: int) -> _Host:
+        host = self._hosts[rank]
+        if host is None or host.process.poll() is not None:
+            self.discard(rank)
+            self._hosts[rank] = host = self._spawn(rank)
+        return host
+
+    def _spawn(self, rank: int) -> _Host:
+        ours, theirs = socket.socketpair()
+        log = self.directory / f"host{rank}.log"
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "genmodel.runners.host", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # so that it and all it starts can be killed together
+                env={**os.environ, **self._environment},
+            )
+        theirs.close()
+        connection = Connection(ours.detach())
+        connection.send(
+            {"rank": rank, "environment": self._environment, "directory": os.getcwd(), "path": list(sys.path)}
+        )
+        return _Host(process, connection, log)
+
+
+class Job:
+    """A command on its way through one or several hosts."""
+
+    def __init__(self, pool: Pool, command: Command, hosts: dict[int, _Host]) -> None:
+        self._pool = pool
+        self._command = command
+        self._waiting = hosts
+        self._results: dict[int, Result] = {}
+
+    def wait(self, deadline: float, on_phase: Callable[[int, str], None] = lambda rank, phase: None) -> dict[int, Result]:
+        """Every rank's result; a rank that dies or is late is killed, and its partners with it.
+
+        Args:
+            deadline: seconds from now for the command; hosts still importing get IMPORT_DEADLINE on top.
+            on_phase: called with (rank, phase) as hosts report what they are doing.
+        """
+        importing = any(not host.ready for host in self._waiting.values())
+        end = time.monotonic() + deadline + (IMPORT_DEADLINE if importing else 0.0)
+        while self._waiting:
+            connections = [host.connection for host in self._waiting.values()]
+            ready = wait(connections, 1.0)
+            if not ready and time.monotonic() > end:
+                self._give_up(deadline)
+                break
+            for rank, host in list(self._waiting.items()):
+                # A dead host's children may hold its end of the socket open, so ask for its exit too.
+                if host.connection in ready or host.process.poll() is not None:
+                    self._receive(rank, host, on_phase)
+        return self._results
+
+    def _receive(self, rank: int, host: _Host, on_phase: Callable[[int, str], None]) -> None:
+        try:
+            kind, value = host.connection.recv()
+        except (EOFError, OSError):
+            self._finish(rank, self._death(rank, host))
+            self._abandon_partners(rank)
+            return
+        if kind == "ready":
+            host.ready = True
+            self._pool.import_seconds = max(self._pool.import_seconds, value)
+        elif kind == "phase":
+            host.phase = value
+            on_phase(rank, value)
+        elif kind == "done":
+            del self._waiting[rank]
+            answer, seconds = pickle.loads(value)
+            self._results[rank] = Result(answer, None, seconds)
+        else:
+            self._finish(rank, value)
+            if len(self._waiting) and self._command.arguments.get("collective"):
+                self._abandon_partners(rank)
+
+    def _finish(self, rank: int, failure: Failure) -> None:
+        del self._waiting[rank]
+        self._results[rank] = Result(None, failure, {})
+
+    def _abandon_partners(self, culprit: int) -> None:
+        """Ranks waiting for a dead one in a collective would wait for ever."""
+        for rank, host in list(self._waiting.items()):
+            self._finish(
+                rank,
+                Failure(
+                    kind="died",
+                    scenario=self._command.scenario,
+                    rank=rank,
+                    phase=host.phase,
+                    message=f"ended because rank {culprit} failed",
+                ),
+            )
+            self._pool.discard(rank)
+
+    def _death(self, rank: int, host: _Host) -> Failure:
+        code = host.process.wait()
+        how = f"died with {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        self._pool.discard(rank)
+        return Failure(
+            kind="died",
+            scenario=self._command.scenario,
+            rank=rank,
+            phase=host.phase,
+            message=f"host {rank} {how} while {host.phase}",
+            details=_tail(host.log),
+        )
+
+    def _give_up(self, deadline: float) -> None:
+        for rank, host in list(self._waiting.items()):
+            host.process.send_signal(signal.SIGUSR1)  # faulthandler writes every thread's stack to the log
+        time.sleep(0.5)
+        for rank, host in list(self._waiting.items()):
+            self._finish(
+                rank,
+                Failure(
+                    kind="timeout",
+                    scenario=self._command.scenario,
+                    rank=rank,
+                    phase=host.phase,
+                    message=f"host {rank} gave no answer within {deadline:.0f} s, while {host.phase}",
+                    details=_tail(host.log),
+                ),
+            )
+            self._pool.discard(rank)
+
+
+def _tail(log: Path, lines: int = 25) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

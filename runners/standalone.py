@@ -1,0 +1,136 @@
+"""The pure-PyTorch side: build a target outside any engine, load it, and run it on whole sequences."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from genmodel.modeling import _vllm
+from genmodel.modeling.attention import TrainableAttention
+from genmodel.modeling.loading import loadable, load_weights
+from genmodel.modeling.parallel_context import ParallelContext
+from genmodel.modeling.wrapper import call_factory, is_vllm_style
+
+
+@dataclass(frozen=True, slots=True)
+class Standalone:
+    """A model built outside any engine, and the context it must be run in."""
+
+    model: nn.Module
+    native: bool
+    """Whether it is made of vLLM's own layers, evaluated here with SDPA."""
+    vllm_config: Any
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, hidden] of one sequence of token ids [T]."""
+        states: torch.Tensor = self.model(input_ids=tokens, positions=torch.arange(len(tokens)))
+        return states
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [T, V] of one sequence of token ids [T]."""
+        scores: torch.Tensor = self.model.compute_logits(self.hidden(tokens))
+        return scores
+
+
+def needs_vllm(error: BaseException) -> bool:
+    """Whether vLLM's own code raised this: the factory builds vLLM's layers and lacks vLLM's context."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and "/vllm/" in frames[-1].filename and "/genmodel/" not in frames[-1].filename
+
+
+@contextlib.contextmanager
+def build(target: Any, vllm_config: Any, dtype: torch.dtype) -> Iterator[Standalone]:
+    """Build a target as plain PyTorch at TP=1; vLLM's own layers are evaluated with SDPA.
+
+    The factory is first called with no trace of vLLM around it, as training code calls it. Only if the
+    target is a vLLM-style class, or vLLM's code itself asks for its context, is a world of one set up.
+
+    Args:
+        target: the factory or class.
+        vllm_config: what it receives as `vllm_config`.
+        dtype: default dtype during the build, and of every floating-point parameter after it.
+
+    Raises:
+        Exception: whatever the factory raises.
+    """
+    vllm_config.model_config.dtype = dtype
+    if not is_vllm_style(target):
+        try:
+            with default_dtype(dtype), _vllm.standalone():
+                model = call_factory(target, vllm_config, ParallelContext())
+        except Exception as error:
+            if not needs_vllm(error):
+                raise
+        else:
+            yield Standalone(model.to(dtype).eval(), False, vllm_config)
+            return
+    with _vllm.native_world(vllm_config), default_dtype(dtype):
+        vllm_config.compilation_config.static_forward_context.clear()
+        model = call_factory(target, vllm_config, ParallelContext())
+        for module in model.modules():
+            if _vllm.is_attention(module):
+                module.forward = _dense_attention(module)  # type: ignore[method-assign]
+        yield Standalone(model.to(dtype).eval(), True, vllm_config)
+
+
+def _dense_attention(layer: Any) -> Callable[..., torch.Tensor]:
+    """What vLLM's attention layer computes, over one whole sequence [T, heads * dim] with no KV cache."""
+    dense = TrainableAttention(
+        layer.num_heads,
+        layer.head_size,
+        layer.num_kv_heads,
+        scale=layer.impl.scale,
+        sliding_window=layer.sliding_window,
+        soft_cap=getattr(layer.impl, "logits_soft_cap", None) or None,
+    )
+
+    def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return dense(query, key, value)
+
+    return forward
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """`torch.set_default_dtype` for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def checkpoint_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Full checkpoint shape by name; a tied parameter appears once, a padded vocabulary unpadded."""
+    seen: set[int] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
+    modules = dict(model.named_modules())
+    for name, parameter in loadable(model)[0].items():
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        shape = tuple(getattr(parameter, "full_shape", parameter.shape))
+        rows = getattr(modules[name.rpartition(".")[0]], "org_vocab_size", None)
+        shapes[name] = (rows, *shape[1:]) if rows is not None else shape
+    return shapes
+
+
+def load(standalone: Standalone, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load a checkpoint: by name where the names are the model's own, else by its own `load_weights`.
+
+    Loading by name does not run the author's `load_weights`, so a mistake in there shows as a
+    disagreement between the engine, which does run it, and this reference.
+    """
+    parameters, buffers = loadable(standalone.model)
+    own = getattr(standalone.model, "load_weights", None)
+    if set(weights) <= {*parameters, *buffers} or not callable(own):
+        load_weights(standalone.model, weights.items())
+    else:
+        own(iter(weights.items()))

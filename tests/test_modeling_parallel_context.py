@@ -43,7 +43,7 @@ def config(tp: int, pp: int = 1, dp: int = 1) -> SimpleNamespace:
 
 
 def test_uninitialised_vllm_answers_like_a_process_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_vllm, "engine_config", lambda: object())
+    monkeypatch.setattr(_vllm, "engine_config", object)
     monkeypatch.setattr(_vllm, "parallel_group", lambda kind: (0, 1, None))
     assert answers(ParallelContext.from_config(config(tp=2))) == ALONE
 
@@ -68,7 +68,8 @@ def test_vllm_groups_are_read(
         in_engine=engine,
     )
     assert context.world_size == 6
-    assert (context.get_tensor_parallel_group(), context.get_pipeline_parallel_rank()) == ("TP", 2)
+    assert [context.get_tensor_parallel_rank(), context.get_tensor_parallel_group()] == [1, "TP"]
+    assert [context.get_pipeline_parallel_rank(), context.get_pipeline_parallel_group()] == [2, "PP"]
 
 
 @pytest.mark.usefixtures("vllm_groups")

@@ -46,6 +46,13 @@ def engine_config() -> VllmConfig | None:
     return get_current_vllm_config_or_none()
 
 
+def version() -> str:
+    """The installed vLLM's version; imports it."""
+    import vllm
+
+    return vllm.__version__
+
+
 def attention_layer(
     config: VllmConfig,
     *,
@@ -63,7 +70,7 @@ def attention_layer(
     """
     from vllm.model_executor.layers.attention import Attention
 
-    return Attention(
+    layer = Attention(
         num_heads,
         head_dim,
         scale,
@@ -74,6 +81,13 @@ def attention_layer(
         per_layer_sliding_window=sliding_window,
         prefix=prefix,
     )
+    sizes = layer.attn_backend.get_supported_head_sizes()
+    if sizes and head_dim not in sizes:
+        raise ValueError(
+            f"head_dim {head_dim} is not one that vLLM's {layer.attn_backend.get_name()} kernels take: "
+            f"use one of {', '.join(map(str, sizes))}"
+        )
+    return layer
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -128,10 +142,8 @@ def model_config(model_dir: str, dtype: str) -> VllmConfig:
     """The VllmConfig vLLM would build a model of this directory from at TP=1, without any engine."""
     from vllm.engine.arg_utils import EngineArgs
 
-    arguments = EngineArgs(
-        model=model_dir, skip_tokenizer_init=True, dtype=dtype, enforce_eager=True, compilation_config={"custom_ops": ["none"]}
-    )
-    return arguments.create_engine_config()
+    arguments: dict[str, Any] = {"dtype": dtype, "compilation_config": {"custom_ops": ["none"]}}
+    return EngineArgs(model=model_dir, skip_tokenizer_init=True, enforce_eager=True, **arguments).create_engine_config()
 
 
 def is_text_generation_model(model_class: type[nn.Module]) -> tuple[bool, str]:
@@ -181,6 +193,17 @@ def native_world(config: VllmConfig) -> Iterator[None]:
             state.destroy_distributed_environment()
 
 
+def use_plain_linear(model: nn.Module) -> None:
+    """Let vLLM's linear layers on CPU, which pack their weights for oneDNN at load, use torch's `linear`."""
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return nn.functional.linear(x, weight, bias)
+
+    for module in model.modules():
+        if hasattr(module, "quant_method"):
+            module.cpu_linear = linear  # type: ignore[assignment]
+
+
 def start_engine(model_dir: str, **options: Any) -> Any:
     """An `LLM` for a model directory without a tokenizer, scoring in raw logits over any number of tokens.
 
@@ -191,7 +214,12 @@ def start_engine(model_dir: str, **options: Any) -> Any:
     from vllm import LLM
 
     return LLM(
-        model=model_dir, skip_tokenizer_init=True, logprobs_mode="raw_logits", max_logprobs=-1, disable_log_stats=False, **options
+        model=model_dir,
+        skip_tokenizer_init=True,
+        logprobs_mode="raw_logits",
+        max_logprobs=-1,
+        disable_log_stats=False,
+        **options,
     )
 
 

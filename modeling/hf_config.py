@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 
-class GenModelConfig(PretrainedConfig):  # type: ignore[misc]
+class GenModelConfig(PretrainedConfig):
     """`model_type: genmodel`: whatever config.json holds becomes an attribute, under its own name."""
 
     model_type = "genmodel"

@@ -40,7 +40,7 @@ def register_model(arch: str, target: Factory | str) -> None:
         InterfaceError: if the target cannot be resolved, is not callable, asks for arguments nobody
             can supply, or closes over more data than can be handed to workers by value.
     """
-    if not isinstance(arch, str) or not arch.isidentifier():
+    if not arch.isidentifier():
         raise InterfaceError(f"an architecture is named like a class, and {arch!r} is not")
     found: Any = resolve(target) if isinstance(target, str) else target
     model_class = as_model_class(found, name=arch)
@@ -80,7 +80,9 @@ def resolve(spec: str, *, callable_only: bool = True) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise InterfaceError(f"importing {module_name} fails: it imports {error.name}, which is not installed") from error
+            raise InterfaceError(
+                f"importing {module_name} fails: it imports {error.name}, which is not installed"
+            ) from error
         raise InterfaceError(
             f"no module named {error.name!r}: install it, or start with `python -m pytest`, "
             "which (unlike `pytest`) can import from the current directory"

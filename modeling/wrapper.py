@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -43,7 +43,9 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
     return found is not None and found.kind in (found.POSITIONAL_OR_KEYWORD, found.KEYWORD_ONLY)
 
 
-def factory_arguments(target: Factory, vllm_config: Any, parallel_context: ParallelContext, prefix: str = "") -> dict[str, Any]:
+def factory_arguments(
+    target: Factory, vllm_config: Any, parallel_context: ParallelContext, prefix: str = ""
+) -> dict[str, Any]:
     """The keyword and positional arguments `target` is called with, as {name: value} in its own order.
 
     Arguments are matched by name (`vllm_config`, `parallel_context`, `prefix`); required arguments of
@@ -117,15 +119,15 @@ def embedding_method(model: object) -> Callable[..., Any] | None:
     Before vLLM 0.12 the method was `get_input_embeddings(input_ids)`; Hugging Face's method of that
     name takes nothing and returns the embedding module. All three are accepted.
     """
-    method = getattr(model, "embed_input_ids", None)
+    method: Any = getattr(model, "embed_input_ids", None)
     if callable(method):
-        return method
+        return cast("Callable[..., Any]", method)
     method = getattr(model, "get_input_embeddings", None)
     if not callable(method):
         return None
     if any(p.default is p.empty for p in inspect.signature(method).parameters.values()):
-        return method
-    return lambda input_ids: method()(input_ids)
+        return cast("Callable[..., Any]", method)
+    return cast("Callable[..., Any]", method())
 
 
 def interface_problems(model: nn.Module) -> list[str]:
@@ -207,11 +209,9 @@ class CallableModelWrapper(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits [tokens, vocab] of hidden states [tokens, hidden]."""
-        method = self.model.compute_logits
+        method: Any = self.model.compute_logits
         # Up to vLLM 0.10 the method took the sampling metadata too; nobody read it.
-        logits: torch.Tensor | None = (
-            method(hidden_states, None) if _requires(method, 2) else method(hidden_states)
-        )
+        logits: torch.Tensor | None = method(hidden_states, None) if _requires(method, 2) else method(hidden_states)
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -236,7 +236,10 @@ class CallableModelWrapper(nn.Module):
 
 def _requires(method: Callable[..., Any], count: int) -> bool:
     parameters = inspect.signature(method).parameters.values()
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) >= count
+    return (
+        sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+        >= count
+    )
 
 
 def as_model_class(target: Factory | str, name: str | None = None) -> type[nn.Module]:

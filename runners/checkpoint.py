@@ -64,7 +64,11 @@ def adversarial_weights(model: nn.Module, shapes: Mapping[str, tuple[int, ...]],
         shapes: checkpoint shape by parameter name; tied parameters appear once.
         seed: of all values.
     """
-    owners = {f"{path}.{name}".lstrip("."): module for path, module in model.named_modules() for name, _ in module.named_parameters(recurse=False)}
+    owners = {
+        f"{path}.{name}".lstrip("."): module
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
     state = model.state_dict(keep_vars=True)
     return {
         name: _adversarial(name, shape, owners.get(name), state.get(name), seed).to(torch.float32)
@@ -88,7 +92,7 @@ def _adversarial(
         return normal * LOGIT_SPREAD / math.sqrt(shape[-1])
     row_scale = torch.exp(torch.rand(shape[:-1], generator=generator) - 0.5).unsqueeze(-1)
     fan_in = shape[-1] if len(shape) == 2 else math.prod(shape[1:])
-    return normal * row_scale * 1.4 / math.sqrt(fan_in)
+    return normal * row_scale / math.sqrt(fan_in)
 
 
 def is_embedding(module: nn.Module | None) -> bool:
@@ -98,7 +102,11 @@ def is_embedding(module: nn.Module | None) -> bool:
 
 def save_weights(directory: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """Write model.safetensors; tensors must not share memory."""
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        directory / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -113,7 +121,11 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     if not tensors:
         raise ValueError(f"no *.safetensors file in {directory}")
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+    bad = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]
     if bad:
         raise ValueError(f"the weights are not finite: NaN or infinity in {', '.join(bad[:5])}")
     return tensors

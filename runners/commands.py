@@ -12,15 +12,15 @@ from typing import Any
 
 import cloudpickle
 import torch
-import vllm
 
 from genmodel import __version__
 from genmodel.modeling import _vllm
 from genmodel.modeling.registration import register_model, resolve
 from genmodel.modeling.wrapper import InterfaceError
 from genmodel.runners import checkpoint, engine, gradients, inspection, standalone
-from genmodel.runners.evidence import Gradients, Inspection, ReferenceRun, Request, Trace
-from genmodel.runners.host import Spec, Unusable
+from genmodel.runners.evidence import Gradients, Inspection, ReferenceRun, Trace
+from genmodel.runners.protocol import Spec, Unusable
+from genmodel.runners.scenarios import ENGINE_SCENARIOS, IN_PROCESS_OPTIONS, Plan
 
 # What imports made will never be garbage: looking through it at every tear-down costs a second.
 gc.collect()
@@ -68,7 +68,7 @@ class State:
         """After a command that raised: leave nothing of it behind for the next."""
         try:
             self.stop_engine()
-        except Exception:  # a broken engine may fail to end in any way; its process group must still go
+        except Exception:  # noqa: BLE001 - a broken engine may fail to end in any way; its groups must still go
             self._engine = None
         _vllm.leave_world()
 
@@ -80,15 +80,23 @@ def _resolve(spec: str) -> Any:
         raise Unusable(str(error)) from None
 
 
-def environment(state: State) -> dict[str, str]:
-    """Versions of everything that can change a number."""
+def introduce(state: State, spec: Spec, config: str | None) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """Import the target and read its config: (kind of target, config, versions of everything)."""
+    found = state.target(spec)
+    if spec.reference is not None:
+        _resolve(spec.reference)
+    return inspection.kind(found), _load_config(config), _environment()
+
+
+def _environment() -> dict[str, str]:
+    """Everything that can change a number."""
     import transformers
 
     return {
         "genmodel": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "vllm": vllm.__version__,
+        "vllm": _vllm.version(),
         "transformers": transformers.__version__,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -96,22 +104,13 @@ def environment(state: State) -> dict[str, str]:
     }
 
 
-def import_target(state: State, spec: Spec) -> str:
-    """Import the target (and its reference); returns how it is described, such as "function"."""
-    found = state.target(spec)
-    if spec.reference is not None:
-        _resolve(spec.reference)
-    return inspection.kind(found)
-
-
 def prepare(state: State, spec: Spec, config: dict[str, Any], weights: str | None) -> Inspection:
     """Write the checkpoint and inspect the target; the first command of every target, on rank 0."""
     directory = Path(spec.directory)
-    target = state.target(spec)
     with state.phase("inspecting the target"):
         checkpoint.write_config(directory, config, spec.arch, spec.dtype)
         state.register(spec)
-        found, geometry = inspection.inspect_target(target, spec.directory, spec.arch)
+        found, geometry = inspection.inspect_target(state.target(spec), spec.directory, spec.arch)
         if geometry:
             checkpoint.write_config(directory, {**config, **geometry}, spec.arch, spec.dtype)
     with state.phase("making the weights"):
@@ -124,12 +123,22 @@ def prepare(state: State, spec: Spec, config: dict[str, Any], weights: str | Non
             for path in source.glob("*.safetensors"):
                 (directory / path.name).symlink_to(path.resolve())
         else:
-            origin = _resolve(spec.reference) if spec.reference is not None else target
-            with standalone.build(origin, _vllm.model_config(spec.directory, "float32"), torch.float32) as built:
-                shapes = standalone.checkpoint_shapes(built.model)
-                made = checkpoint.adversarial_weights(built.model, shapes, spec.seed)
-            checkpoint.save_weights(directory, made)
+            checkpoint.save_weights(directory, _make_weights(state, spec))
     return found
+
+
+def _make_weights(state: State, spec: Spec) -> dict[str, torch.Tensor]:
+    """Adversarial weights under the reference's parameter names, for what the reference lacks is not there."""
+    origin = state.target(spec) if spec.reference is None else _resolve(spec.reference)
+    try:
+        with standalone.build(origin, _vllm.model_config(spec.directory, "float32"), torch.float32) as built:
+            return checkpoint.adversarial_weights(built.model, standalone.checkpoint_shapes(built.model), spec.seed)
+    except Exception as error:
+        if spec.reference is None:
+            raise
+        raise Unusable(
+            f"--genmodel-reference={spec.reference} does not build: {type(error).__name__}: {error}"
+        ) from None
 
 
 def gradients_of(state: State, spec: Spec) -> Gradients:
@@ -145,17 +154,10 @@ def gradients_of(state: State, spec: Spec) -> Gradients:
 
 
 def generate(
-    state: State,
-    spec: Spec,
-    tensor_parallel_size: int,
-    requests: Sequence[Request],
-    scenarios: Sequence[str],
-    rendezvous_port: int,
-    vocab_size: int,
-    max_model_len: int,
-    collective: bool,
+    state: State, spec: Spec, plan: Plan, tensor_parallel_size: int, scenarios: Sequence[str], rendezvous_port: int
 ) -> list[Trace]:
-    """Start one in-process engine (one rank of it, if collective) and run the scenarios through it."""
+    """Run scenarios through in-process engines, or through this rank of them."""
+    collective = tensor_parallel_size > 1
     os.environ.update(
         RANK=str(state.rank if collective else 0),
         LOCAL_RANK=str(state.rank if collective else 0),
@@ -163,41 +165,49 @@ def generate(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(rendezvous_port),
     )
-    options: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if collective else {}
-    llm = state.start_engine(
-        spec,
-        tensor_parallel_size=tensor_parallel_size,
-        enforce_eager=True,
-        max_model_len=max_model_len,
-        max_num_seqs=16,
-        max_num_batched_tokens=max(2048, max_model_len),
-        block_size=32,
-        kv_cache_memory_bytes=64 << 20,
-        enable_prefix_caching=False,
-        **options,
-    )
-    batches = {"plain": [list(requests)], "alone": [[request] for request in requests]}
+    launcher = {"distributed_executor_backend": "external_launcher"} if collective else {}
     traces = []
-    for scenario in scenarios:
-        with state.phase(f"generating ({scenario})"):
+    llm, options = None, None
+    for scenario in (ENGINE_SCENARIOS[name] for name in scenarios):
+        if options != {**IN_PROCESS_OPTIONS, **scenario.options}:
+            state.stop_engine()
+            options = {**IN_PROCESS_OPTIONS, **scenario.options}
+            llm = state.start_engine(
+                spec,
+                tensor_parallel_size=tensor_parallel_size,
+                max_model_len=plan.max_model_len,
+                kv_cache_memory_bytes=plan.kv_cache_bytes,
+                **launcher,
+                **options,
+            )
+        with state.phase(f"generating ({scenario.name})"):
             traces.append(
-                engine.trace(llm, batches[scenario], scenario=scenario, rank=state.rank, vocab_size=vocab_size)
+                engine.trace(
+                    llm,
+                    scenario.batches(plan.requests),
+                    scenario=scenario.name,
+                    rank=state.rank,
+                    vocab_size=plan.vocab_size,
+                    score_prompt=scenario.score_prompt,
+                )
             )
     state.stop_engine()
     return traces
 
 
-def deploy(state: State, spec: Spec, tensor_parallel_size: int, requests: Sequence[Request], vocab_size: int) -> Trace:
+def deploy(state: State, spec: Spec, plan: Plan, tensor_parallel_size: int) -> list[Trace]:
     """What users deploy: `LLM(model, tensor_parallel_size=N)` with the default executor and spawned workers."""
     changes: dict[str, str | None] = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     with engine.environment({**changes, **engine.DEPLOYED_ENVIRONMENT}):
-        llm = state.start_engine(spec, tensor_parallel_size=tensor_parallel_size, kv_cache_memory_bytes=256 << 20)
+        llm = state.start_engine(
+            spec, tensor_parallel_size=tensor_parallel_size, kv_cache_memory_bytes=plan.deployed_kv_cache_bytes
+        )
         with state.phase("generating (deployed)"):
             found = engine.trace(
-                llm, [list(requests)], scenario="deployed", rank=0, vocab_size=vocab_size, in_process=False
+                llm, [plan.requests], scenario="deployed", rank=0, vocab_size=plan.vocab_size, in_process=False
             )
         state.stop_engine()
-    return found
+    return [found]
 
 
 def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]]) -> ReferenceRun:
@@ -231,7 +241,7 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]]) ->
     )
 
 
-def load_config(state: State, source: str | None) -> dict[str, Any]:
+def _load_config(source: str | None) -> dict[str, Any]:
     """The configuration `--genmodel-config` names; the tiny default one for None."""
     if source is None:
         return dict(checkpoint.TINY_CONFIG)

@@ -63,7 +63,10 @@ def trace(
             }
             for r in requests
         ]
-        with _vllm.observe_schedule(llm) if in_process else contextlib.nullcontext([]) as steps:
+        observed: contextlib.AbstractContextManager[list[dict[str, int]]] = (
+            _vllm.observe_schedule(llm) if in_process else contextlib.nullcontext([])
+        )
+        with observed as steps:
             outputs = _vllm.generate(llm, prompts)
         sizes.append(max((len(step) for step in steps), default=0))
         continuations += [_continuation(r, o) for r, o in zip(requests, outputs, strict=True)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch  # unpickling brings it in where it is needed
 
-FailureKind = Literal["raised", "died", "timeout", "unusable", "proof"]
+FailureKind = Literal["raised", "died", "timeout", "abandoned", "unusable", "proof"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +19,9 @@ class Failure:
     """Why a scenario gave no evidence.
 
     `kind` tells whose fault it is: "raised" (the model or vLLM raised), "died" (a signal or exit),
-    "timeout", "unusable" (the target or the options; exit code 4) or "proof" (the harness did not get
-    the path the scenario is named for: an error, never a verdict on the model).
+    "timeout", "abandoned" (another rank failed first), "unusable" (the target or the options; exit
+    code 4) or "proof" (the harness did not get the path the scenario is named for: an error, never a
+    verdict on the model).
     """
 
     kind: FailureKind
@@ -193,6 +194,8 @@ class Inspection:
     probe_tokens: int
     hidden_size: int
     vocab_size: int
+    max_positions: int
+    """Longest sequence, in tokens."""
     ignores_config: bool
     """True if the factory never read its config, so that the geometry was inferred from the model."""
     notes: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,7 +98,7 @@ def _norms(captured: list[torch.Tensor]) -> tuple[float, float, float]:
 
     def norm(values: list[torch.Tensor]) -> float:
         gradients = [v.grad for v in values if v.requires_grad and v.grad is not None]
-        return float(sum(float(g.norm()) ** 2 for g in gradients)) ** 0.5
+        return math.sqrt(sum(float(g.norm()) ** 2 for g in gradients))
 
     return norm(captured[0::3]), norm(captured[1::3]), norm(captured[2::3])
 
@@ -193,18 +194,24 @@ def _packing(built: Standalone, batch: list[torch.Tensor]) -> tuple[Packing | No
     boundaries = torch.tensor([0, len(first), len(first) + len(second)], dtype=torch.int32)
     positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])
     tokens = torch.cat([first, second])
+    extra: dict[str, torch.Tensor] = {}
+    context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if accepts(model.forward, "cu_seqlens"):
-        extra, context = {"cu_seqlens": boundaries}, contextlib.nullcontext()
+        extra = {"cu_seqlens": boundaries}
     elif any(isinstance(m, TrainableAttention) for m in model.modules()):
-        extra, context = {}, packed_sequences(boundaries)
+        context = packed_sequences(boundaries)
     else:
-        return None, "the model has no way to be told of packed sequences: neither TrainableAttention nor forward(cu_seqlens=...)"
+        return (
+            None,
+            "the model cannot be told of packed sequences: no TrainableAttention, no forward(cu_seqlens=...)",
+        )
     with context, _tapped_embedding() as taps:
         packed = model(input_ids=tokens, positions=positions, **extra)
     cut = len(first)
     with torch.no_grad():
         difference = max(
-            float((packed[:cut] - built.hidden(first)).abs().max()), float((packed[cut:] - built.hidden(second)).abs().max())
+            float((packed[:cut] - built.hidden(first)).abs().max()),
+            float((packed[cut:] - built.hidden(second)).abs().max()),
         )
     if not taps or not packed.requires_grad:
         return None, "no embedding could be tapped, or its gradient is cut"
@@ -219,7 +226,8 @@ def _packing(built: Standalone, batch: list[torch.Tensor]) -> tuple[Packing | No
 def _declares_dropout(model: nn.Module) -> bool:
     dropouts = (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
     return any(
-        (isinstance(m, dropouts) and m.p > 0) or (isinstance(m, TrainableAttention) and m.dropout > 0) for m in model.modules()
+        (isinstance(m, dropouts) and m.p > 0) or (isinstance(m, TrainableAttention) and m.dropout > 0)
+        for m in model.modules()
     )
 
 

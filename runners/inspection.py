@@ -48,7 +48,7 @@ def inspect_target(target: Any, model_dir: str, arch: str) -> tuple[Inspection, 
     """
     config = _vllm.model_config(model_dir, "float32")
     hf_config = config.model_config.hf_config
-    with _explained(hf_config), standalone.build(target, config, torch.float32) as first:
+    with _Explained(hf_config), standalone.build(target, config, torch.float32) as first:
         # Parameters made with torch.empty hold whatever was in memory, NaN and traps included.
         for parameter in first.model.parameters():
             torch.nn.init.normal_(parameter.data, std=0.05)
@@ -59,7 +59,8 @@ def inspect_target(target: Any, model_dir: str, arch: str) -> tuple[Inspection, 
         unregistered = tuple(_unregistered(first.model))
         model_class = f"{type(first.model).__module__}.{type(first.model).__qualname__}"
         native = first.native
-        limit = _longest(first, int(getattr(hf_config, "max_position_embeddings", 256)))
+        configured = int(config.model_config.max_model_len)
+        limit = _longest(first, configured)
     rebuilt = _build_parameters(target, model_dir)
     geometry = _geometry(hf_config, embed, logits, attention, limit)
     ignores = False
@@ -90,12 +91,15 @@ def inspect_target(target: Any, model_dir: str, arch: str) -> tuple[Inspection, 
         probe_tokens=PROBE_TOKENS,
         hidden_size=geometry.get("hidden_size", hf_config.hidden_size),
         vocab_size=geometry.get("vocab_size", hf_config.vocab_size),
+        max_positions=geometry.get("max_position_embeddings", configured),
         ignores_config=ignores,
-        notes=tuple(f"{name} is {value}, taken from the model: it does not read its config" for name, value in geometry.items()),
+        notes=tuple(
+            f"{name} is {value}, taken from the model: it does not read its config" for name, value in geometry.items()
+        ),
     ), geometry
 
 
-class _explained:
+class _Explained:
     """Turn an AttributeError on the config into what the author can do about it."""
 
     def __init__(self, hf_config: Any) -> None:
@@ -106,7 +110,9 @@ class _explained:
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         if isinstance(error, AttributeError) and error.obj is self._config:
-            names = sorted(name for name in vars(self._config) if not name.startswith("_") and name in self._config.to_diff_dict())
+            said = {"architectures", "dtype", "transformers_version", "model_type"}
+            config: Any = self._config
+            names = sorted(name for name in config.to_diff_dict() if name not in said)
             raise InterfaceError(
                 f"the model reads config.{error.name}, which the config does not have: name one that has it with "
                 f"--genmodel-config=FILE.json (this one has {', '.join(names)})"
@@ -129,7 +135,9 @@ def _build_parameters(target: Any, model_dir: str, **overrides: int) -> dict[str
 
 def _parameters(model: nn.Module) -> dict[str, ParameterInfo]:
     return {
-        name: ParameterInfo(shape=tuple(p.shape), dtype=str(p.dtype).removeprefix("torch."), requires_grad=p.requires_grad)
+        name: ParameterInfo(
+            shape=tuple(p.shape), dtype=str(p.dtype).removeprefix("torch."), requires_grad=p.requires_grad
+        )
         for name, p in model.named_parameters(remove_duplicate=False)
     }
 
@@ -154,7 +162,7 @@ def _call(call: str, function: Callable[[], Any]) -> Probe:
     try:
         with torch.no_grad():
             value = function()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever a model raises is the finding
         message = str(error).strip().splitlines() or [""]
         return Probe(call=call, shape=None, dtype=None, error=f"{type(error).__name__}: {message[0]}")
     if not isinstance(value, torch.Tensor):
@@ -167,11 +175,19 @@ def _attention(model: nn.Module) -> Iterator[AttentionInfo]:
         layer: Any = module
         if isinstance(module, TrainableAttention):
             yield AttentionInfo(
-                module=name, prefix=layer.prefix, num_heads=layer.num_heads, num_kv_heads=layer.num_kv_heads, head_dim=layer.head_dim
+                module=name,
+                prefix=layer.prefix,
+                num_heads=layer.num_heads,
+                num_kv_heads=layer.num_kv_heads,
+                head_dim=layer.head_dim,
             )
         elif _vllm.is_attention(module):
             yield AttentionInfo(
-                module=name, prefix=layer.layer_name, num_heads=layer.num_heads, num_kv_heads=layer.num_kv_heads, head_dim=layer.head_size
+                module=name,
+                prefix=layer.layer_name,
+                num_heads=layer.num_heads,
+                num_kv_heads=layer.num_kv_heads,
+                head_dim=layer.head_size,
             )
 
 

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from genmodel.runners.evidence import Failure
-from genmodel.runners.host import Command
+from genmodel.runners.protocol import Command
 
 IMPORT_DEADLINE = 240.0
 """Seconds a host may take to import torch and vLLM; a cold disk needs about 60."""
+GRACE = 5.0
+"""Seconds the other ranks of a collective have, once one has failed, to answer by themselves."""
 
 
 @dataclass(slots=True)
@@ -127,7 +129,7 @@ class Pool:
         theirs.close()
         connection = Connection(ours.detach())
         connection.send(
-            {"rank": rank, "environment": self._environment, "directory": os.getcwd(), "path": list(sys.path)}
+            {"rank": rank, "environment": self._environment, "directory": str(Path.cwd()), "path": list(sys.path)}
         )
         return _Host(process, connection, log)
 
@@ -140,8 +142,12 @@ class Job:
         self._command = command
         self._waiting = hosts
         self._results: dict[int, Result] = {}
+        self._culprit: tuple[int, float] | None = None
+        """The first rank that failed, and when."""
 
-    def wait(self, deadline: float, on_phase: Callable[[int, str], None] = lambda rank, phase: None) -> dict[int, Result]:
+    def wait(
+        self, deadline: float, on_phase: Callable[[int, str], None] = lambda rank, phase: None
+    ) -> dict[int, Result]:
         """Every rank's result; a rank that dies or is late is killed, and its partners with it.
 
         Args:
@@ -153,21 +159,21 @@ class Job:
         while self._waiting:
             connections = [host.connection for host in self._waiting.values()]
             ready = wait(connections, 1.0)
-            if not ready and time.monotonic() > end:
-                self._give_up(deadline)
-                break
             for rank, host in list(self._waiting.items()):
                 # A dead host's children may hold its end of the socket open, so ask for its exit too.
                 if host.connection in ready or host.process.poll() is not None:
                     self._receive(rank, host, on_phase)
+            if self._culprit is not None:
+                end = min(end, self._culprit[1] + GRACE)
+            if self._waiting and time.monotonic() > end:
+                self._give_up(deadline)
         return self._results
 
     def _receive(self, rank: int, host: _Host, on_phase: Callable[[int, str], None]) -> None:
         try:
             kind, value = host.connection.recv()
         except (EOFError, OSError):
-            self._finish(rank, self._death(rank, host))
-            self._abandon_partners(rank)
+            self._fail(rank, self._death(rank, host))
             return
         if kind == "ready":
             host.ready = True
@@ -180,28 +186,14 @@ class Job:
             answer, seconds = pickle.loads(value)
             self._results[rank] = Result(answer, None, seconds)
         else:
-            self._finish(rank, value)
-            if len(self._waiting) and self._command.arguments.get("collective"):
-                self._abandon_partners(rank)
+            self._fail(rank, value)
 
-    def _finish(self, rank: int, failure: Failure) -> None:
+    def _fail(self, rank: int, failure: Failure) -> None:
         del self._waiting[rank]
         self._results[rank] = Result(None, failure, {})
-
-    def _abandon_partners(self, culprit: int) -> None:
-        """Ranks waiting for a dead one in a collective would wait for ever."""
-        for rank, host in list(self._waiting.items()):
-            self._finish(
-                rank,
-                Failure(
-                    kind="died",
-                    scenario=self._command.scenario,
-                    rank=rank,
-                    phase=host.phase,
-                    message=f"ended because rank {culprit} failed",
-                ),
-            )
-            self._pool.discard(rank)
+        # In a collective the others may now wait for this rank for ever, or fail likewise any moment.
+        if self._culprit is None:
+            self._culprit = rank, time.monotonic()
 
     def _death(self, rank: int, host: _Host) -> Failure:
         code = host.process.wait()
@@ -217,18 +209,19 @@ class Job:
         )
 
     def _give_up(self, deadline: float) -> None:
-        for rank, host in list(self._waiting.items()):
+        for host in self._waiting.values():
             host.process.send_signal(signal.SIGUSR1)  # faulthandler writes every thread's stack to the log
         time.sleep(0.5)
         for rank, host in list(self._waiting.items()):
-            self._finish(
+            late = f"host {rank} gave no answer within {deadline:.0f} s, while {host.phase}"
+            self._fail(
                 rank,
                 Failure(
-                    kind="timeout",
+                    kind="timeout" if self._culprit is None else "abandoned",
                     scenario=self._command.scenario,
                     rank=rank,
                     phase=host.phase,
-                    message=f"host {rank} gave no answer within {deadline:.0f} s, while {host.phase}",
+                    message=late if self._culprit is None else f"ended because rank {self._culprit[0]} failed",
                     details=_tail(host.log),
                 ),
             )

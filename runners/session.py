@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -14,13 +14,11 @@ from typing import Any
 
 import cloudpickle
 
-from genmodel.runners.evidence import Evidence, Failure, Inspection, ReferenceRun, TargetInfo
-from genmodel.runners.host import Command, Spec
+from genmodel.runners.evidence import Evidence, Failure, Inspection, TargetInfo, Trace
 from genmodel.runners.pool import Job, Pool, Result
-from genmodel.runners.workload import shared_workload
+from genmodel.runners.protocol import Command, Spec
+from genmodel.runners.scenarios import ENGINE_SCENARIOS, SCENARIOS, Plan, deployed_unproven, plan
 
-SCENARIOS = ("inspection", "gradients", "reference", "plain", "alone", "deployed")
-ENGINE_SCENARIOS = ("plain", "alone")
 DEADLINE = 300.0
 """Seconds any one command may take; the slowest, starting a default engine, takes about 30 on two cores."""
 
@@ -74,6 +72,7 @@ class Session:
         self._progress = progress
         self._pool: Pool | None = None
         self._targets: dict[TargetOptions, _Target] = {}
+        self._count = 0
         self._begun = time.perf_counter()
 
     def start(self) -> None:
@@ -111,7 +110,9 @@ class Session:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _target(self, options: TargetOptions) -> _Target:
@@ -119,8 +120,9 @@ class Session:
             self.start()
         assert self._pool is not None
         if options not in self._targets:
+            self._count += 1
             self._targets[options] = _Target(
-                self._pool, options, len(self._targets), lambda line: self._say(options.spec, line)
+                self._pool, options, self._count, lambda line: self._say(options.spec, line)
             )
         return self._targets[options]
 
@@ -137,12 +139,11 @@ class _Target:
         self._say = say
         self._done: set[str] = set()
         self._seconds: dict[str, float] = {}
-        self._requests: Sequence[Any] = ()
         directory = pool.directory / f"target{number}"
         directory.mkdir()
         arch = "Genmodel_" + re.sub(r"\W+", "_", options.spec)
         self._spec = Spec(
-            arch=arch if number == 0 else f"{arch}_{number}",
+            arch=f"{arch}_{number}",
             spec=options.spec,
             pickled=None if options.target is None else cloudpickle.dumps(options.target),
             directory=str(directory),
@@ -151,8 +152,7 @@ class _Target:
             reference=options.reference,
         )
         say("importing torch, vLLM and the target")
-        self._ask("import_target", "import", usable=True)
-        self._config = self._ask("load_config", "import", usable=True, spec=None, source=options.config)
+        _, self._config, environment = self._ask("introduce", "import", usable=True, config=options.config)
         self.evidence = Evidence(
             target=TargetInfo(
                 name=options.spec,
@@ -161,35 +161,38 @@ class _Target:
                 dtype=options.dtype,
                 top_k=options.top_k,
                 seed=options.seed,
-                weights=f"seeded adversarial weights (seed {options.seed})" if options.weights is None else str(options.weights),
+                weights=f"seeded adversarial weights (seed {options.seed})"
+                if options.weights is None
+                else str(options.weights),
                 config=options.config or "genmodel's tiny default",
             ),
             seconds=self._seconds,
-            environment=self._ask("environment", "import", usable=True, spec=None),
+            environment=environment,
         )
         self._spent("import", pool.import_seconds)
 
     def collect(self, scenarios: set[str]) -> None:
         """Bring the evidence of these scenarios about, each at most once."""
         wanted = scenarios - self._done
-        if wanted & {"gradients", "reference", *ENGINE_SCENARIOS, "deployed"} or "inspection" in wanted:
+        self._done |= wanted
+        if not wanted:
+            return
+        if self.evidence.inspection is None:
             self._inspect()
         inspection = self.evidence.inspection
         if isinstance(inspection, Failure):
             self._blame(inspection, wanted)
-        elif inspection is not None:
-            self._run(inspection, wanted)
-        self._done |= wanted
-        if "reference" in self._done and wanted & {"reference", *ENGINE_SCENARIOS, "deployed"}:
-            self._refer()
+            return
+        assert inspection is not None
+        drafted = plan(inspection, self._options.seed)
+        self._run(inspection, drafted, wanted)
+        if "reference" in self._done and wanted & {"reference", "deployed", *ENGINE_SCENARIOS}:
+            self._refer(drafted)
 
     def _inspect(self) -> None:
-        if self.evidence.inspection is not None:
-            return
         self._say("building and inspecting the model, making its checkpoint")
         weights = None if self._options.weights is None else str(self._options.weights.resolve())
-        found = self._ask("prepare", "inspection", config=self._config, weights=weights)
-        self.evidence.inspection = found
+        self.evidence.inspection = self._ask("prepare", "inspection", config=self._config, weights=weights)
 
     def _blame(self, failure: Failure, scenarios: set[str]) -> None:
         """Every scenario of a model that does not build fails for that reason."""
@@ -197,95 +200,84 @@ class _Target:
             self.evidence.gradients = replace(failure, scenario="gradients")
         if "reference" in scenarios:
             self.evidence.reference = replace(failure, scenario="reference")
-        for name in (*ENGINE_SCENARIOS, "deployed"):
+        for name in scenarios & {"deployed", *ENGINE_SCENARIOS}:
             for size in self._options.tensor_parallel_sizes:
-                if name in scenarios and (name != "deployed" or size == self._deployed_size):
+                if name != "deployed" or size == self._deployed_size:
                     self.evidence.traces[name, size] = replace(failure, scenario=name)
 
     @property
     def _deployed_size(self) -> int:
         return max(self._options.tensor_parallel_sizes)
 
-    def _run(self, inspection: Inspection, wanted: set[str]) -> None:
+    def _run(self, inspection: Inspection, drafted: Plan, wanted: set[str]) -> None:
         """Everything but the reference, in an order that keeps all ranks busy."""
-        longest = int(self._config.get("max_position_embeddings", 256))
-        for note in inspection.notes:
-            match = re.match(r"max_position_embeddings is (\d+)", note)
-            longest = int(match[1]) if match else longest
-        self._requests = shared_workload(inspection.vocab_size, min(longest, 2048), self._options.seed)
-        self._engine_facts = {"vocab_size": inspection.vocab_size, "max_model_len": min(longest, 2048)}
         engines = [name for name in ENGINE_SCENARIOS if name in wanted]
         sizes = self._options.tensor_parallel_sizes
-
         deployed: Job | None = None
         if "deployed" in wanted and self._pool.size > 1:
             # The last rank is idle until the first engine that needs all of them.
-            deployed = self._deploy(self._pool.size - 1)
+            deployed = self._deploy(drafted, self._pool.size - 1)
         if engines and 1 in sizes:
-            self._generate(1, engines)
+            self._generate(drafted, 1, engines)
         if "gradients" in wanted and not inspection.native:
             self._say("standalone training: gradients in float64")
             self.evidence.gradients = self._ask("gradients_of", "gradients")
         if "deployed" in wanted and deployed is None:
-            deployed = self._deploy(0)
+            deployed = self._deploy(drafted, 0)
         if deployed is not None:
-            self._keep("deployed", self._deployed_size, self._wait(deployed, "deployed"))
+            self._keep("deployed", self._deployed_size, self._wait(deployed, "deployed"), 0, deployed_unproven)
         for size in sizes:
             if engines and size > 1:
-                self._generate(size, engines)
+                self._generate(drafted, size, engines)
 
-    def _generate(self, size: int, scenarios: list[str]) -> None:
-        self._say(f"vLLM at TP={size}: {', '.join(scenarios)}")
+    def _generate(self, drafted: Plan, size: int, names: list[str]) -> None:
+        self._say(f"vLLM at TP={size}: {', '.join(names)}")
         command = self._command(
             "generate",
-            scenarios[0],
+            names[0],
+            plan=drafted,
             tensor_parallel_size=size,
-            requests=self._requests,
-            scenarios=scenarios,
+            scenarios=names,
             rendezvous_port=_free_port(),
-            collective=size > 1,
-            **self._engine_facts,
         )
         results = self._wait(self._pool.begin(command, range(size)), f"TP={size}")
-        for index, name in enumerate(scenarios):
-            failure = _first_failure(results)
-            if failure is not None:
-                self.evidence.traces[name, size] = replace(failure, scenario=name)
-            else:
-                self.evidence.traces[name, size] = tuple(results[rank].value[index] for rank in sorted(results))
+        for index, name in enumerate(names):
+            self._keep(name, size, results, index, ENGINE_SCENARIOS[name].unproven)
 
-    def _deploy(self, rank: int) -> Job:
+    def _deploy(self, drafted: Plan, rank: int) -> Job:
         size = self._deployed_size
         self._say(f"vLLM as deployed: LLM(tensor_parallel_size={size}), default executor and options")
-        command = self._command(
-            "deploy", "deployed", tensor_parallel_size=size, requests=self._requests, vocab_size=self._engine_facts["vocab_size"]
-        )
-        return self._pool.begin(command, [rank])
+        return self._pool.begin(self._command("deploy", "deployed", plan=drafted, tensor_parallel_size=size), [rank])
 
-    def _keep(self, scenario: str, size: int, results: Mapping[int, Result]) -> None:
+    def _keep(
+        self, name: str, size: int, results: Mapping[int, Result], index: int, unproven: Callable[[Trace], str]
+    ) -> None:
+        """Keep every rank's trace of a scenario, or the one reason why there is none."""
         failure = _first_failure(results)
-        self.evidence.traces[scenario, size] = failure or tuple(result.value for result in results.values())
-
-    def _refer(self) -> None:
-        if isinstance(self.evidence.inspection, Failure):
+        if failure is not None:
+            self.evidence.traces[name, size] = replace(failure, scenario=name)
             return
+        traces = tuple(results[rank].value[index] for rank in sorted(results))
+        lacking = next((reason for trace in traces if (reason := unproven(trace))), "")
+        self.evidence.traces[name, size] = (
+            Failure(kind="proof", scenario=name, message=f"{name} at TP={size} did not take its path: {lacking}")
+            if lacking
+            else traces
+        )
+
+    def _refer(self, drafted: Plan) -> None:
         traces = [trace for found in self.evidence.traces.values() if not isinstance(found, Failure) for trace in found]
         sequences = sorted({c.sequence for trace in traces for c in trace.continuations})
-        if not sequences:
-            sequences = sorted({request.prompt for request in self._requests})
+        sequences = sequences or sorted({request.prompt for request in drafted.requests})
         self._say(f"reference in {self._options.dtype} and in higher precision over {len(sequences)} sequences")
-        found: ReferenceRun | Failure = self._ask("reference", "reference", sequences=sequences)
-        self.evidence.reference = found
+        self.evidence.reference = self._ask("reference", "reference", sequences=sequences)
 
     def _command(self, name: str, scenario: str, **arguments: Any) -> Command:
         return Command(name=name, scenario=scenario, arguments={"spec": self._spec, **arguments})
 
     def _ask(self, name: str, scenario: str, *, usable: bool = False, **arguments: Any) -> Any:
         """Rank 0's answer or Failure; if `usable`, a Failure is the user's mistake."""
-        command = self._command(name, scenario, **arguments)
-        if arguments.get("spec", self._spec) is None:
-            command = Command(name=name, scenario=scenario, arguments={k: v for k, v in arguments.items() if k != "spec"})
-        result = self._wait(self._pool.begin(command, [0]), scenario)[0]
+        result = self._wait(self._pool.begin(self._command(name, scenario, **arguments), [0]), scenario)[0]
         failure = result.failure
         if failure is None:
             return result.value
@@ -307,7 +299,7 @@ class _Target:
 def _first_failure(results: Mapping[int, Result]) -> Failure | None:
     """The failure to report: a rank that failed by itself rather than one ended because of it."""
     failures = [r.failure for r in results.values() if r.failure is not None]
-    return next((f for f in failures if not f.message.startswith("ended because")), failures[0] if failures else None)
+    return next((f for f in failures if f.kind != "abandoned"), failures[0] if failures else None)
 
 
 def _explain(failure: Failure) -> str:

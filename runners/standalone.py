@@ -13,7 +13,7 @@ from torch import nn
 
 from genmodel.modeling import _vllm
 from genmodel.modeling.attention import TrainableAttention
-from genmodel.modeling.loading import loadable, load_weights
+from genmodel.modeling.loading import load_weights, loadable
 from genmodel.modeling.parallel_context import ParallelContext
 from genmodel.modeling.wrapper import call_factory, is_vllm_style
 
@@ -34,7 +34,8 @@ class Standalone:
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [T, V] of one sequence of token ids [T]."""
-        scores: torch.Tensor = self.model.compute_logits(self.hidden(tokens))
+        model: Any = self.model
+        scores: torch.Tensor = model.compute_logits(self.hidden(tokens))
         return scores
 
 
@@ -73,9 +74,10 @@ def build(target: Any, vllm_config: Any, dtype: torch.dtype) -> Iterator[Standal
     with _vllm.native_world(vllm_config), default_dtype(dtype):
         vllm_config.compilation_config.static_forward_context.clear()
         model = call_factory(target, vllm_config, ParallelContext())
+        _vllm.use_plain_linear(model)
         for module in model.modules():
             if _vllm.is_attention(module):
-                module.forward = _dense_attention(module)  # type: ignore[method-assign]
+                module.forward = _dense_attention(module)
         yield Standalone(model.to(dtype).eval(), True, vllm_config)
 
 
@@ -91,7 +93,8 @@ def _dense_attention(layer: Any) -> Callable[..., torch.Tensor]:
     )
 
     def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return dense(query, key, value)
+        attended: torch.Tensor = dense(query, key, value)
+        return attended
 
     return forward
 

@@ -12,7 +12,9 @@ GENERATED = 16
 """Tokens generated per request."""
 
 
-def shared_workload(vocab_size: int, max_model_len: int, seed: int, block_size: int = BLOCK_SIZE) -> tuple[Request, ...]:
+def shared_workload(
+    vocab_size: int, max_model_len: int, seed: int, block_size: int = BLOCK_SIZE
+) -> tuple[Request, ...]:
     """Nine greedy requests and a sampled one, of deterministic pseudo-random tokens.
 
     Args:

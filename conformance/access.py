@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeVar
 
-from genmodel.conformance.verdict import NotApplicable
+from genmodel.conformance.verdict import REFERENCE, NotApplicable, row
 from genmodel.runners.evidence import Evidence, Failure, Gradients, Inspection, ReferenceRun, Trace
 
 T = TypeVar("T")
-
-REFERENCE = "reference"
-"""Row of the summary for what was measured in pure PyTorch, outside any engine."""
-
-
-def row(size: int) -> str:
-    """Row of the summary for an engine of this tensor-parallel size."""
-    return f"TP={size}"
 
 
 class NoEvidence(Exception):

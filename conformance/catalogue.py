@@ -32,7 +32,7 @@ from typing import TypeVar
 from genmodel.conformance.access import NoEvidence, sizes
 from genmodel.conformance.verdict import Level, Measurement, NotApplicable, Status, Verdict
 from genmodel.runners.evidence import Evidence, Failure
-from genmodel.runners.session import SCENARIOS
+from genmodel.runners.scenarios import SCENARIOS
 
 GROUPS = ("interface", "gradients", "logits", "deployment")
 """Modules of `genmodel.conformance.checks`, in the order in which their checks run and are reported."""
@@ -54,7 +54,7 @@ class Check:
     group: str
     level: Level
     needs: frozenset[str]
-    """Scenarios whose evidence it reads, of `genmodel.runners.session.SCENARIOS`."""
+    """Scenarios whose evidence it reads, of `genmodel.runners.scenarios.SCENARIOS`."""
     tensor_parallel: int
     """Not applicable unless a tensor-parallel size at least this large was asked for."""
     function: CheckFunction
@@ -196,9 +196,10 @@ def _without_evidence(absent: NoEvidence) -> tuple[Status, str, str]:
 
 
 def _happened(failure: Failure) -> str:
-    rank = "" if failure.rank is None else f" on rank {failure.rank}"
+    """One line, the same for all scenarios that one cause took down."""
+    rank = "" if failure.rank is None else f" (rank {failure.rank})"
     phase = f" while {failure.phase}" if failure.phase else ""
-    return f"{failure.scenario}{rank}{phase}: {failure.message}"
+    return f"{failure.message}{phase}{rank}"
 
 
 def _declared_in(module: ModuleType) -> list[Check]:

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+REFERENCE = "reference"
+"""Row of the summary table for what was measured in pure PyTorch, outside any engine."""
+
+_NAMES_SHOWN = 4  # of what violates a law, before "and N more"
+
+
+def row(size: int) -> str:
+    """Row of the summary table for engines of this tensor-parallel size."""
+    return f"TP={size}"
 
 
 class Status(StrEnum):
@@ -49,12 +60,24 @@ class Measurement:
 
     @property
     def ratio(self) -> float:
-        """`measured` as a share of `allowed`; 0 or infinity where nothing is allowed, NaN for NaN."""
-        if math.isnan(self.measured) or math.isnan(self.allowed):
+        """`measured` as a share of `allowed`; 0 or infinity where nothing is allowed, NaN where `ok` cannot be told."""
+        if math.isnan(self.measured) or not math.isfinite(self.allowed):
             return math.nan
         if self.measured <= 0:
             return 0.0
         return self.measured / self.allowed if self.allowed > 0 else math.inf
+
+    @property
+    def severity(self) -> tuple[bool, float]:
+        """Sort key: the larger, the worse; NaN is worst."""
+        return math.isnan(self.ratio), self.ratio
+
+
+def violations(what: str, found: Sequence[str], where: str = REFERENCE) -> Measurement:
+    """A law about facts as a measurement: `found` names what breaks it, and nothing may."""
+    hidden = len(found) - _NAMES_SHOWN
+    detail = ", ".join(found[:_NAMES_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")
+    return Measurement(what=what, where=where, measured=len(found), allowed=0, detail=detail)
 
 
 class NotApplicable(Exception):

@@ -1,1 +1,34 @@
-"""Checks of the deployment group."""
+"""deployment.*: what users deploy works, not only what the harness runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from genmodel.conformance import agreement
+from genmodel.conformance.access import rank_zero, reference, sizes
+from genmodel.conformance.alignment import Phase, with_reference
+from genmodel.conformance.catalogue import check
+from genmodel.conformance.verdict import Measurement
+from genmodel.runners.evidence import Evidence
+
+
+@check(needs=("reference", "deployed"))
+def multiprocess(evidence: Evidence) -> Iterator[Measurement]:
+    """A default LLM(), with its spawned workers, gives the reference's answers.
+
+    Usual causes:
+        If logits.values passes and this fails, the workers build or load something else: another class
+        under the same name, a closure whose captured values differ after pickling, an environment
+        variable only the driver has.
+    How to fix:
+        Register by name, `register_model("MyArch", "my_pkg:factory")`, and take all settings from the
+        config.
+    Reports:
+        #5657 #10238 #16228 #18740
+    """
+    known, trace = reference(evidence), rank_zero(evidence, "deployed", max(sizes(evidence)))
+    for phase in Phase:
+        aligned = with_reference(known, trace, phase)
+        yield from agreement.top_k(aligned, evidence.target.top_k)
+        yield from agreement.max_difference(aligned)
+        yield from agreement.greedy_rank(aligned)

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
-from genmodel.conformance.access import REFERENCE, inspection, rank_zero, row, sizes
+from genmodel.conformance.access import inspection, rank_zero, sizes
 from genmodel.conformance.catalogue import check
-from genmodel.conformance.verdict import Measurement, NotApplicable
+from genmodel.conformance.verdict import Measurement, NotApplicable, row, violations
 from genmodel.runners.evidence import Evidence, Probe
-
-_SHOWN = 4  # names listed in a measurement's detail before "and N more"
-
-
-def violations(what: str, found: Collection[str], where: str = REFERENCE) -> Measurement:
-    """Facts as a count: `found` names what breaks the law, and nothing may."""
-    shown = ", ".join(list(found)[:_SHOWN])
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return Measurement(what=what, where=where, measured=len(found), allowed=0, detail=shown + more)
 
 
 @check(needs=("inspection",))
@@ -25,9 +16,9 @@ def builds(evidence: Evidence) -> Iterator[Measurement]:
     """The target resolves and builds a model that has parameters.
 
     Usual causes:
-        The factory raises, reads a config attribute that this config lacks, or returns something else than an
-        nn.Module.
-        The model is built inside `forward`, so that it has no parameters when weights are loaded.
+        The factory raises, reads a config attribute that this config lacks, or returns something else
+        than an nn.Module. The model is built inside `forward`, so that it has no parameters when
+        weights are loaded.
     How to fix:
         Build every layer in `__init__` and return the module:
 
@@ -82,7 +73,8 @@ def forward(evidence: Evidence) -> Iterator[Measurement]:
     Usual causes:
         forward expects [batch, length], returns logits or a tuple, or lacks `positions`.
     How to fix:
-        All requests arrive concatenated along one dimension, without padding; `positions` tells where each token is:
+        All requests arrive concatenated along one dimension, without padding; `positions` tells where
+        each token is:
 
             def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
                 x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds   # [tokens, hidden]
@@ -98,8 +90,8 @@ def compute_logits(evidence: Evidence) -> Iterator[Measurement]:
     """compute_logits turns [tokens, hidden] into [tokens, vocab].
 
     Usual causes:
-        The padding of a sharded vocabulary is left in, only the local shard is returned, or only the last token is
-        scored.
+        The padding of a sharded vocabulary is left in, only the local shard is returned, or only the
+        last token is scored.
     How to fix:
         Gather the shards and cut the padding off: `logits = gather(x @ w.T)[..., :vocab_size]`.
     Reports:
@@ -116,7 +108,8 @@ def vllm_accepts(evidence: Evidence) -> Iterator[Measurement]:
     Usual causes:
         compute_logits is missing, or forward is defined on an instance rather than on the class.
     How to fix:
-        Let genmodel make the class (`as_model_class(factory)`), or define the three methods in the class body.
+        Let genmodel make the class (`as_model_class(factory)`), or define the three methods in the
+        class body.
     Reports:
         #30469
     """
@@ -132,7 +125,8 @@ def parameters_registered(evidence: Evidence) -> Iterator[Measurement]:
     """Every tensor and module is registered; none hides in a plain list, tuple or dict.
 
     Usual causes:
-        Layers kept in a Python list: they get no weights from the checkpoint, do not move to the GPU and do not train.
+        Layers kept in a Python list: they get no weights from the checkpoint, do not move to the GPU
+        and do not train.
     How to fix:
             self.layers = nn.ModuleList(layers)              # not self.layers = layers
             self.register_buffer("inv_freq", inv_freq)       # for tensors that are not trained
@@ -147,8 +141,8 @@ def attention_prefixes(evidence: Evidence) -> Iterator[Measurement]:
     """Every attention layer has a prefix, and no two share one.
 
     Usual causes:
-        The prefix is left out or not extended by the layer's number. vLLM files KV caches under it: two layers with one
-        prefix read each other's cache.
+        The prefix is left out or not extended by the layer's number. vLLM files KV caches under it: two
+        layers with one prefix read each other's cache.
     How to fix:
             TrainableAttention(..., prefix=f"{prefix}.layers.{i}.self_attn.attn")
     Reports:
@@ -169,8 +163,8 @@ def rebuild(evidence: Evidence) -> Iterator[Measurement]:
     """Two builds of the same target and config give the same parameters: names, shapes, dtypes.
 
     Usual causes:
-        Names or sizes come from a counter, a random choice or a mutable global. Ranks build in separate processes, so
-        theirs would differ too.
+        Names or sizes come from a counter, a random choice or a mutable global. Ranks build in separate
+        processes, so theirs would differ too.
     How to fix:
         Derive every name and shape from the config alone; a closure must not change what it captures.
     Reports:
@@ -187,11 +181,11 @@ def reaches_workers(evidence: Evidence) -> Iterator[Measurement]:
     """The target reaches the processes vLLM spawns: each worker builds this model.
 
     Usual causes:
-        The model is registered in the driver only, in code under `if __name__ == "__main__"`. A spawned worker starts
-        from nothing and does not know the architecture.
+        The model is registered in the driver only, in code under `if __name__ == "__main__"`. A spawned
+        worker starts from nothing and does not know the architecture.
     How to fix:
-        Register with `genmodel.register_model("MyArch", target)`, which reaches every process vLLM starts, or from a
-        `vllm.general_plugins` entry point of an installed package.
+        Register with `genmodel.register_model("MyArch", target)`, which reaches every process vLLM
+        starts, or from a `vllm.general_plugins` entry point of an installed package.
     Reports:
         #5657 #10238 #16228 #18740
     """

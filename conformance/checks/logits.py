@@ -1,1 +1,257 @@
-"""Checks of the logits group."""
+"""logits.*: engines compute the same function as the reference, at every position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from genmodel.conformance import agreement
+from genmodel.conformance.access import every_size, rank_zero, ranks, reference, sizes
+from genmodel.conformance.alignment import Aligned, Phase, with_engine, with_reference
+from genmodel.conformance.catalogue import check
+from genmodel.conformance.verdict import Measurement, NotApplicable, row, violations
+from genmodel.runners.evidence import Evidence, Scores, Trace
+
+
+@check(needs=("reference", "plain"))
+def complete(evidence: Evidence) -> Iterator[Measurement]:
+    """Every prompt token and every generated token has finite scores, from the engine and from the reference.
+
+    Usual causes:
+        NaN in the weights, or a norm or softmax that overflows in the tested dtype; generation that
+        stops early; a model that returns fewer rows than it got tokens.
+    How to fix:
+        Look for the first layer with a NaN: `torch.isnan(x).any()` after each; compute norms and
+        softmax in float32.
+    Reports:
+        #10327
+    """
+    known = reference(evidence)
+    yield agreement.usable_reference(known)
+    for aligned in _plain(evidence, *Phase):
+        yield from agreement.usable(aligned)
+
+
+@check(needs=("reference", "plain"))
+def resolution(evidence: Evidence) -> Iterator[Measurement]:
+    """The tolerance can tell right from wrong: it is smaller than the spread of the best logits.
+
+    Usual causes:
+        Logits that are nearly constant (weights at zero, a norm weight of zero), or so ill-conditioned
+        that the tested dtype keeps no digit of them. Every comparison of logits would pass whatever the
+        model computes.
+    How to fix:
+        Let genmodel make its adversarial weights (no --genmodel-weights), give a reference that can
+        tell, or test in --genmodel-dtype=float32.
+    Reports:
+        #52158
+    """
+    for aligned in _plain(evidence, *Phase):
+        yield from agreement.resolution(aligned, evidence.target.top_k)
+
+
+@check(needs=("reference", "plain"))
+def prefill_top_k(evidence: Evidence) -> Iterator[Measurement]:
+    """At every prompt position, the engine's top-K tokens are the reference's, in order, but for near ties.
+
+    Usual causes:
+        Weights that are not loaded, or sharded wrongly (TP=2 alone fails); rotary of the other style; a
+        wrong attention scale; a causal mask or sliding window that is off by one.
+    How to fix:
+        If TP=1 fails too, compare layer by layer in plain PyTorch. If only TP=2 fails, look at how
+        fused weights (qkv, gate and up) are split, and at all-reduces: each part of a fused weight is
+        sharded on its own.
+    Reports:
+        #10327 #42803 #3775 #36637 vllm-ascend#4641 #51049 Liger-Kernel#74
+    """
+    for aligned in _plain(evidence, Phase.PROMPT):
+        yield from agreement.top_k(aligned, evidence.target.top_k)
+
+
+@check(needs=("reference", "plain"))
+def first_token(evidence: Evidence) -> Iterator[Measurement]:
+    """The first generated token comes from the reference's top-K, in order, but for near ties.
+
+    Usual causes:
+        If logits.prefill_top_k fails too, look there first. If only this one does, compute_logits is
+        given the wrong rows, or treats a single row differently.
+    How to fix:
+        compute_logits must treat each row alone: no mixing of rows, no dependence on how many there
+        are.
+    Reports:
+        #20843 #46835
+    """
+    for aligned in _plain(evidence, Phase.FIRST):
+        yield from agreement.top_k(aligned, evidence.target.top_k)
+
+
+@check(needs=("reference", "plain"))
+def decode_top_k(evidence: Evidence) -> Iterator[Measurement]:
+    """At every generated token, the engine's top-K tokens are the reference's, in order, but for near ties.
+
+    Usual causes:
+        If prefill agrees and this does not: `positions` are ignored or start again at 0, two layers
+        share a KV cache, or state is kept in the module from one step to the next.
+    How to fix:
+        Use the `positions` that forward gets, never `torch.arange(len(x))`; give each attention layer
+        its own prefix; keep nothing on `self` during forward.
+    Reports:
+        mlx-vlm#1983 NeMo-RL#2141 #16832 #43631 vllm-ascend#4603
+    """
+    for aligned in _plain(evidence, Phase.DECODE):
+        yield from agreement.top_k(aligned, evidence.target.top_k)
+
+
+@check(needs=("reference", "plain"))
+def values(evidence: Evidence) -> Iterator[Measurement]:
+    """The engine's raw logits are the reference's: the largest and the mean difference are rounding.
+
+    Usual causes:
+        All argmaxes can be right while this fails: a logit scale or soft cap dropped, a bias of the
+        head dropped or added once per rank, a norm's epsilon or +1 offset.
+    How to fix:
+        Compare `compute_logits` with the reference's head on the same hidden states, then the last
+        norm, then upwards.
+    Reports:
+        #52158 #46835 text-generation-inference#1036 Liger-Kernel#74 vllm-metal#659
+    """
+    for aligned in _plain(evidence, *Phase):
+        yield from agreement.max_difference(aligned)
+        yield from agreement.mean_difference(aligned)
+
+
+@check(needs=("reference", "plain"))
+def greedy_rank(evidence: Evidence) -> Iterator[Measurement]:
+    """The token the engine chooses greedily is the reference's best one, or tied with it.
+
+    Usual causes:
+        Those of logits.prefill_top_k and logits.decode_top_k; look at these first. A vocabulary whose
+        padding is not cut off gives tokens that the reference does not have.
+    How to fix:
+        Cut the logits to the vocabulary: `logits[..., :vocab_size]`, after gathering the shards.
+    Reports:
+        #20843 SpecForge#284
+    """
+    for aligned in _plain(evidence, *Phase):
+        yield from agreement.greedy_rank(aligned)
+
+
+@check(needs=("reference", "plain"))
+def kl(evidence: Evidence) -> Iterator[Measurement]:
+    """The engine samples from the reference's distribution: KL(reference || engine) is rounding.
+
+    Usual causes:
+        A scale or temperature on the logits, or those of logits.values. If logits.values fails and this
+        passes, the logits are off by a constant per position, which sampling does not see.
+    How to fix:
+        Apply the config's logit scale and soft cap in compute_logits, once.
+    Reports:
+        #52158
+    """
+    for aligned in _plain(evidence, *Phase):
+        yield from agreement.divergence(aligned)
+
+
+@check(needs=("reference", "plain"), tensor_parallel=2)
+def tensor_parallel(evidence: Evidence) -> Iterator[Measurement]:
+    """Engines of different tensor-parallel sizes agree with each other, logits and tokens.
+
+    Usual causes:
+        A fused weight split as one plain block, every rank loading shard 0, a missing all-reduce, a
+        row-parallel bias added on each rank, the global head count given to attention, a norm across
+        heads that sees only its rank's.
+    How to fix:
+        Build on ColumnParallelLinear, RowParallelLinear, QKVParallelLinear and VocabParallelEmbedding
+        of genmodel; add a row-parallel bias after the all-reduce.
+    Reports:
+        #42803 #3775 vllm-gguf-plugin#103 text-generation-inference#1036 #39707 #16311 #35932 transformers#48307
+    """
+    if len(sizes(evidence)) < 2:
+        raise NotApplicable(f"only one tensor-parallel size was asked for: {sizes(evidence)[0]}")
+    smallest: Trace | None = None
+    for size in every_size(evidence, "plain"):
+        trace = rank_zero(evidence, "plain", size)
+        if smallest is None:
+            smallest = trace
+        else:
+            yield from _engines_agree(evidence, trace, smallest)
+
+
+@check(needs=("plain",), tensor_parallel=2)
+def ranks_agree(evidence: Evidence) -> Iterator[Measurement]:
+    """All ranks of an engine end up with the same logits, to the last bit, and the same tokens.
+
+    Usual causes:
+        A missing all-reduce or all-gather; a random choice that ranks make on their own; a replicated
+        parameter that one rank did not load.
+    How to fix:
+        Gather the logits on all ranks; load replicated parameters on every rank from the same
+        checkpoint entry.
+    Reports:
+        #3775 vllm-gguf-plugin#103 Megatron-LM#1446
+    """
+    for size in every_size(evidence, "plain"):
+        if size > 1:
+            yield from _ranks_agree(ranks(evidence, "plain", size), size)
+
+
+@check(needs=("reference", "plain", "alone"))
+def batching(evidence: Evidence) -> Iterator[Measurement]:
+    """A prompt gets the same answer alone as in a batch with others.
+
+    Usual causes:
+        Rows of the flattened batch are mixed (a norm, a softmax or a mean over the token dimension);
+        state kept in the module leaks from one request to the next; positions computed from the row
+        number.
+    How to fix:
+        Treat every token's row alone outside attention; take positions from the argument; keep nothing
+        on `self`.
+    Reports:
+        #43631 transformers#46634
+    """
+    for size in every_size(evidence, "plain", "alone"):
+        yield from _engines_agree(evidence, rank_zero(evidence, "alone", size), rank_zero(evidence, "plain", size))
+
+
+def _plain(evidence: Evidence, *phases: Phase) -> Iterator[Aligned]:
+    """The plain scenario against the reference, by size and phase."""
+    known = reference(evidence)
+    for size in every_size(evidence, "plain"):
+        trace = rank_zero(evidence, "plain", size)
+        for phase in phases:
+            yield with_reference(known, trace, phase)
+
+
+def _engines_agree(evidence: Evidence, ours: Trace, theirs: Trace) -> Iterator[Measurement]:
+    known = reference(evidence)
+    for phase in Phase:
+        yield from agreement.max_difference(with_engine(known, ours, theirs, phase))
+    yield from agreement.parting(known, ours, theirs)
+
+
+def _ranks_agree(traces: tuple[Trace, ...], size: int) -> Iterator[Measurement]:
+    first = traces[0]
+    absent = sorted(set(range(size)) - {trace.rank for trace in traces})
+    yield violations("ranks without a trace", [f"rank {rank}" for rank in absent], row(size))
+    different = [where for trace in traces[1:] for where in _differences(first, trace)]
+    yield violations(f"requests that differ from rank {first.rank}", different, row(size))
+
+
+def _differences(ours: Trace, theirs: Trace) -> list[str]:
+    if [c.request for c in ours.continuations] != [c.request for c in theirs.continuations]:
+        return [f"rank {theirs.rank} ran other requests"]
+    return [
+        f"rank {theirs.rank}, request {one.request.name}"
+        for one, other in zip(ours.continuations, theirs.continuations, strict=True)
+        if one.generated != other.generated
+        or not _same(one.prompt_scores, other.prompt_scores)
+        or not _same(one.step_scores, other.step_scores)
+    ]
+
+
+def _same(ours: Scores | None, theirs: Scores | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    # torch.equal is False for NaN, which no rank may have
+    return torch.equal(ours.ids, theirs.ids) and torch.equal(ours.values, theirs.values)

@@ -1,0 +1,285 @@
+"""The laws of agreement between logits, and how close is close enough.
+
+Every number is computed on whole tensors: Python objects exist per request, never per logit.
+Shapes: N positions, K candidates the engine scored, V vocabulary.
+
+The tolerance is flash-attention's own test rule lifted to logits. Its tests (tests/test_flash_attn.py in
+Dao-AILab/flash-attention) ask that the largest error against a higher-precision reference be at most a small
+multiple of that of plain PyTorch in the tested dtype. Here, per phase,
+
+    delta = NOISE_FACTOR * noise + ULP_FACTOR * eps(dtype) * max |logit|
+
+where noise is how far the reference in the tested dtype is from the reference in a higher one. It is the
+largest over the phase's positions, so that one position's lucky small floor does not cry wolf.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from genmodel.conformance.alignment import Aligned, Phase, Rows, common_length, gather, with_engine
+from genmodel.conformance.verdict import Measurement, violations
+from genmodel.runners.evidence import Continuation, ReferenceRun, Trace
+
+NOISE_FACTOR = 4.0
+"""Noise floors an error may be. An engine adds up in another order than the reference and so makes other rounding
+errors of the same size: the largest of one set exceeds that of the other by a factor near 1, bugs by orders."""
+
+ULP_FACTOR = 4.0
+"""Units in the last place (tested dtype, largest logit) allowed on top: where the noise floor happens to be zero,
+one more rounding of the result is no error."""
+
+Law = Callable[[Rows], tuple[torch.Tensor, torch.Tensor]]
+"""From rows to what is measured at each position, [N] float, and the token it concerns, [N] int64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """Limits for one phase, in logits; NaN, which nothing meets, where the noise floor is not finite."""
+
+    max: float
+    """On any one logit: delta."""
+    mean: float
+    """On the mean over a position's candidates: the same rule with the mean noise."""
+    scale: float
+    """Largest finite |logit| expected."""
+
+    @property
+    def tie(self) -> float:
+        """Tokens whose logits are this close may swap: each may be off by `max`."""
+        return 2 * self.max
+
+    def kl(self, candidates: int) -> float:
+        """On KL(reference || engine), in nats: delta² / 2, plus the rounding of its computation in float64.
+
+        KL between softmax(r) and softmax(e) is the Bregman divergence of log-sum-exp (Banerjee et al. 2005,
+        section 4), so by Taylor's theorem it is half the variance of d = e - r under some softmax between the two.
+        Where |d| <= delta that variance is at most delta² (Popoviciu), whatever the size of the vocabulary.
+        """
+        rounding = 16 * torch.finfo(torch.float64).eps * (1 + self.scale + math.log(candidates))
+        return self.max**2 / 2 + rounding
+
+
+def tolerance(aligned: Aligned) -> Tolerance:
+    """The rule at the top of this module, for one phase that has rows."""
+    noise_max = max((float(rows.noise_max.max()) for rows in aligned.rows), key=_severity)
+    noise_mean = max((float(rows.noise_mean.max()) for rows in aligned.rows), key=_severity)
+    scale = max(float(rows.expected.nan_to_num(0, 0, 0).abs().max()) for rows in aligned.rows)
+    rounding = ULP_FACTOR * torch.finfo(aligned.dtype).eps * scale
+    return Tolerance(
+        max=_finite(NOISE_FACTOR * noise_max + rounding),
+        mean=_finite(NOISE_FACTOR * noise_mean + rounding),
+        scale=scale,
+    )
+
+
+def max_difference(aligned: Aligned) -> Iterator[Measurement]:
+    """Largest |logit difference| over all positions and candidates."""
+
+    def law(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        worst, at = (rows.values - rows.expected).abs().max(dim=1)
+        return worst, _pick(rows.ids, at)
+
+    yield from _judge(aligned, "max |logit difference|", law, lambda limits: limits.max)
+
+
+def mean_difference(aligned: Aligned) -> Iterator[Measurement]:
+    """Mean |logit difference| over a position's candidates, at the worst position.
+
+    Where K < V this is the mean over the best-scored tokens, against a noise floor that is the mean over all.
+    """
+
+    def law(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        return (rows.values - rows.expected).abs().mean(dim=1), rows.ids[:, 0]
+
+    yield from _judge(aligned, "mean |logit difference|", law, lambda limits: limits.mean)
+
+
+def divergence(aligned: Aligned) -> Iterator[Measurement]:
+    """KL(reference || engine) in nats, at the worst position.
+
+    Over the whole vocabulary where the engine scored all of it, else over its K candidates with both sides
+    renormalised to those; the bound of `Tolerance.kl` holds for either.
+    """
+
+    def law(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        log_p = rows.expected.double().log_softmax(dim=1)
+        log_q = rows.values.double().log_softmax(dim=1)
+        return (log_p.exp() * (log_p - log_q)).sum(dim=1), rows.ids[:, 0]
+
+    count = aligned.candidates if aligned.rows else 0
+    whole = all(rows.ids.shape[1] == rows.reference.shape[1] for rows in aligned.rows)
+    over = "the vocabulary" if whole else f"the {count} candidates"
+    yield from _judge(aligned, f"KL(reference || engine) over {over}", law, lambda limits: limits.kl(count))
+
+
+def top_k(aligned: Aligned, k: int) -> Iterator[Measurement]:
+    """How far the engine's i-th token is from the reference's i-th best logit, worst over i = 1 .. k.
+
+    A token with reference logit r holds the ranks from 1 + #{v: r_v > r + tie} to #{v: r_v >= r - tie}. With the
+    reference's logits in order, s_1 >= s_2 >= ..., rank i is among them exactly if |s_i - r| <= tie: so the
+    intervals need not be counted out, and tokens within tolerance of each other may swap.
+
+    Raises:
+        ValueError: if the engine scored fewer than k candidates of a larger vocabulary.
+    """
+
+    def law(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        count = min(k, rows.reference.shape[1])
+        if rows.ids.shape[1] < count:
+            raise ValueError(f"top-{k} needs {count} candidates; request {rows.request} has {rows.ids.shape[1]}")
+        worst, at = (best_values(rows.reference, count) - rows.expected[:, :count]).abs().max(dim=1)
+        return worst, _pick(rows.ids, at)
+
+    yield from _judge(aligned, f"logit gap to the reference's top-{k} order", law, lambda limits: limits.tie)
+
+
+def greedy_rank(aligned: Aligned) -> Iterator[Measurement]:
+    """How many tokens the reference ranks above the engine's greedy one; ties within tolerance share a rank."""
+    tie = tolerance(aligned).tie if aligned.rows else 0.0
+
+    def law(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        limit = gather(rows.reference, rows.greedy[:, None]) + tie
+        # "not at most" instead of "more than": NaN on either side must not make a token the best
+        return (~(rows.reference <= limit)).sum(dim=1), rows.greedy
+
+    yield from _judge(aligned, "tokens the reference ranks above the greedy one", law, lambda _: 0.0)
+
+
+def parting(reference: ReferenceRun, ours: Trace, theirs: Trace) -> Iterator[Measurement]:
+    """Where two engines' greedy tokens part: the gap between the two tokens, which has to be a near tie.
+
+    The gap is taken in the logits of `ours`. A token outside its candidates is infinitely far.
+    """
+    other = {continuation.request.name: continuation for continuation in theirs.continuations}
+    gaps: dict[Phase, list[tuple[float, str]]] = {Phase.FIRST: [(0.0, "")], Phase.DECODE: [(0.0, "")]}
+    for continuation in ours.continuations:
+        counterpart = other.get(continuation.request.name)
+        if counterpart is not None and continuation.request.temperature == 0:
+            at = common_length(continuation, counterpart)
+            if at < min(len(continuation.generated), len(counterpart.generated)):
+                phase = Phase.DECODE if at else Phase.FIRST
+                gaps[phase].append(_gap_between_tokens(continuation, counterpart, at))
+    for phase, found in gaps.items():
+        aligned = with_engine(reference, ours, theirs, phase)
+        if aligned.rows:
+            measured, detail = max(found, key=lambda worst: _severity(worst[0]))
+            yield Measurement(
+                what=f"{phase}: logit gap between tokens where generation parts",
+                where=aligned.where,
+                measured=measured,
+                allowed=tolerance(aligned).tie,
+                detail=detail,
+            )
+
+
+def resolution(aligned: Aligned, k: int) -> Iterator[Measurement]:
+    """Logits this close count as tied, against how far apart the reference's k best are at a median position."""
+    if not aligned.rows:
+        return
+    spreads = torch.cat([_spread(rows.reference, k) for rows in aligned.blocks()])
+    yield Measurement(
+        what=f"{aligned.phase}: width of a tie against the median spread of the top {k}",
+        where=aligned.where,
+        measured=tolerance(aligned).tie,
+        allowed=float(spreads.median()),
+    )
+
+
+def usable(aligned: Aligned) -> Iterator[Measurement]:
+    """Positions that were not scored, or in a way that nothing can be compared with."""
+    yield _unscored(aligned)
+    where, phase = aligned.where, aligned.phase
+    not_finite = _positions(aligned, lambda rows: ~rows.values.isfinite().all(dim=1))
+    yield violations(f"{phase}: positions with NaN or infinite logits", not_finite, where)
+    twice = _positions(aligned, lambda rows: (rows.ids.sort(dim=1).values.diff(dim=1) == 0).any(dim=1))
+    yield violations(f"{phase}: positions that score a token twice", twice, where)
+
+
+def usable_reference(reference: ReferenceRun) -> Measurement:
+    """Sequences whose reference logits, or their noise floor, are not finite."""
+    broken = [
+        f"a sequence of {len(sequence)} tokens"
+        for sequence, logits in reference.logits.items()
+        if not all(bool(x.isfinite().all()) for x in (*logits.aminmax(), reference.noise_max[sequence]))
+    ]
+    return violations("sequences with NaN or infinite reference logits", broken)
+
+
+def best_values(logits: torch.Tensor, k: int, width: int = 128) -> torch.Tensor:
+    """The k largest values of every row, best first: [N, V] to [N, k].
+
+    Several times faster than torch.topk for large V: the k largest values lie in the k pieces of `width` values
+    with the largest maxima, so that all but one plain pass runs on little.
+    """
+    count = logits.shape[1] // width
+    if count < 2 * k:
+        return logits.topk(k, dim=1).values
+    pieces = logits[:, : count * width].unflatten(1, (count, width))
+    best = pieces.amax(dim=2).topk(k, dim=1).indices
+    kept = pieces.gather(1, best[:, :, None].expand(-1, -1, width)).flatten(1)
+    return torch.cat([kept, logits[:, count * width :]], dim=1).topk(k, dim=1).values
+
+
+def _judge(aligned: Aligned, what: str, law: Law, allowed: Callable[[Tolerance], float]) -> Iterator[Measurement]:
+    """The worst position under `law` against its limit; positions that were not scored break every law."""
+    if aligned.gaps:
+        yield _unscored(aligned)
+    if aligned.rows:
+        measured, detail = max((_worst(rows, law) for rows in aligned.blocks()), key=lambda worst: _severity(worst[0]))
+        yield Measurement(
+            what=f"{aligned.phase}: {what}",
+            where=aligned.where,
+            measured=measured,
+            allowed=allowed(tolerance(aligned)),
+            detail=detail,
+        )
+
+
+def _worst(rows: Rows, law: Law) -> tuple[float, str]:
+    measured, tokens = law(rows)
+    at = int(measured.argmax())  # the first NaN, if there is any
+    return float(measured[at]), f"request {rows.request}, position {rows.first + at}, token {int(tokens[at])}"
+
+
+def _severity(number: float) -> tuple[bool, float]:
+    """Sort key that puts NaN above everything."""
+    return math.isnan(number), number
+
+
+def _finite(number: float) -> float:
+    return number if math.isfinite(number) else math.nan
+
+
+def _pick(ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    return ids.gather(1, at[:, None])[:, 0]
+
+
+def _unscored(aligned: Aligned) -> Measurement:
+    return violations(f"{aligned.phase}: requests not scored at each position", aligned.gaps, aligned.where)
+
+
+def _positions(aligned: Aligned, condition: Callable[[Rows], torch.Tensor]) -> list[str]:
+    """Where `condition`, from rows to [N] bool, holds."""
+    return [
+        f"request {rows.request}, position {rows.first + i}"
+        for rows in aligned.rows
+        for i in condition(rows).nonzero()[:, 0].tolist()
+    ]
+
+
+def _spread(logits: torch.Tensor, k: int) -> torch.Tensor:
+    best = best_values(logits, min(max(k, 2), logits.shape[1]))
+    return best[:, 0] - best[:, -1]
+
+
+def _gap_between_tokens(ours: Continuation, theirs: Continuation, at: int) -> tuple[float, str]:
+    ids, values = ours.step_scores.ids[at], ours.step_scores.values[at]
+    mine, other = ours.generated[at], theirs.generated[at]
+    found = [values[ids == token] for token in (mine, other)]
+    gap = float((found[0] - found[1]).abs()) if all(len(value) == 1 for value in found) else math.inf
+    return gap, f"request {ours.request.name}, position {ours.step_scores.first + at}, tokens {mine} and {other}"

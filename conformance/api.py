@@ -1,0 +1,72 @@
+"""The suite as one function call, for those who do not want a pytest run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from genmodel.conformance.catalogue import judge, select
+from genmodel.conformance.verdict import Level, Verdict
+from genmodel.runners.session import Session, TargetOptions
+
+
+def check_model(
+    target: str | Callable[..., Any],
+    *,
+    config: str | Path | None = None,
+    reference: str | None = None,
+    weights: str | Path | None = None,
+    tp: Sequence[int] = (1, 2),
+    dtype: str = "float32",
+    top_k: int = 10,
+    level: Level = Level.RECOMMENDED,
+    checks: Collection[str] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Verdict]:
+    """Run a model through PyTorch and real vLLM engines and judge it.
+
+    Only the scenarios that the chosen checks need are run, in processes of their own.
+
+    Args:
+        target: "module:attr", or the class or factory itself.
+        config: a JSON file or "module:attr"; None means a tiny default.
+        reference: "module:attr" of an independent factory; None means the target's own pure-PyTorch run.
+        weights: a directory with safetensors; None means seeded adversarial weights.
+        tp: tensor-parallel sizes of the engines.
+        dtype: what the engines compute in.
+        top_k: how many of the best tokens have to be in the reference's order.
+        level: REQUIRED leaves recommended checks out.
+        checks: ids such as "logits.values"; None means all of `level`.
+        progress: called with one line whenever something slow begins.
+
+    Returns:
+        One verdict per check, in catalogue order. `all(not v.blocking for v in verdicts)` is a pass.
+
+    Raises:
+        UnknownCheck: for an id that does not exist.
+        UnusableTarget: for a target or options that cannot be used.
+
+    Example:
+        >>> for verdict in check_model("my_pkg:factory", tp=(1,)):
+        ...     print(verdict.check, verdict.status, verdict.reason)
+    """
+    chosen = select(ids=checks, level=level)
+    options = TargetOptions(
+        spec=target if isinstance(target, str) else _describe(target),
+        target=None if isinstance(target, str) else target,
+        config=None if config is None else str(config),
+        reference=reference,
+        weights=None if weights is None else Path(weights),
+        tensor_parallel_sizes=tuple(tp),
+        dtype=dtype,
+        top_k=top_k,
+    )
+    with Session([options], progress) as session:
+        evidence = session.collect(options, frozenset().union(*(check.needs for check in chosen)))
+    return [judge(check, evidence) for check in chosen]
+
+
+def _describe(target: Callable[..., Any]) -> str:
+    named = target if hasattr(target, "__qualname__") else type(target)
+    return f"{named.__module__}:{named.__qualname__}"

@@ -1,0 +1,205 @@
+"""Verdicts as plain text for a terminal of 80 to 120 columns; knows nothing of pytest."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from genmodel.conformance.catalogue import GROUPS, Check, all_checks
+from genmodel.conformance.verdict import REFERENCE, Measurement, Status, Verdict
+
+WIDTH = 100
+_MEASUREMENTS_SHOWN = 6
+_BROKEN = (Status.FAILED, Status.ERROR, Status.XPASSED)
+
+
+def failure(verdict: Verdict, check: Check, command: str, *, shown_under: str | None = None) -> str:
+    """Why a check did not pass and what to do: claim, numbers, usual causes, fix, and how to run it alone.
+
+    Args:
+        verdict: of a check that failed or is in error.
+        check: its entry in the catalogue.
+        command: runs just this check.
+        shown_under: id of an earlier failure with the same `cause`; the cause is then referred to, not repeated.
+    """
+    parts = [_wrap(check.claim)]
+    if verdict.reason:
+        parts.append(_wrap(f"{verdict.status.value}: {verdict.reason}"))
+    if shown_under is not None:
+        parts.append(f"As for {shown_under}, where the details are.")
+    elif verdict.details:
+        parts.append(_section("What happened", verdict.details))
+    if verdict.measurements:
+        parts.append("\n".join(_measured(verdict.measurements)))
+    if any(not m.ok for m in verdict.measurements):
+        parts += [_section("Usual causes", check.causes), _section("How to fix", check.fix)]
+        if check.reports:
+            parts.append(_section("Seen in", _wrap(" ".join(map(_qualified, check.reports)))))
+    parts.append(_section("Run just this check", command))
+    return "\n\n".join(parts)
+
+
+def summary(verdict: Verdict) -> str:
+    """The worst of a verdict in one line."""
+    broken = _worst_first(m for m in verdict.measurements if not m.ok)
+    if verdict.reason or not broken:
+        return verdict.reason or verdict.status.value
+    worst = broken[0]
+    detail = f" ({worst.detail})" if worst.detail else ""
+    return f"{worst.where}, {worst.what}: {_against(worst)}{detail}"
+
+
+def cause(verdict: Verdict) -> tuple[str, str] | None:
+    """What verdicts that one event took down have in common, such as a model that does not build; else None."""
+    return (verdict.reason, verdict.details) if verdict.reason and not verdict.measurements else None
+
+
+def failures(verdicts: Sequence[Verdict], checks: Mapping[str, Check], command: Mapping[str, str]) -> str:
+    """All that did not pass, each in full, except that one cause is told once and then in one line per check.
+
+    Args:
+        verdicts: of one target.
+        checks: catalogue entries by id.
+        command: what runs just this check, by id.
+    """
+    first: dict[tuple[str, str], str] = {}
+    told: list[str] = []
+    repeated: list[str] = []
+    for verdict in verdicts:
+        if verdict.status not in _BROKEN:
+            continue
+        shared = cause(verdict)
+        if shared is not None and shared in first:
+            repeated.append(f"{verdict.check}: {verdict.reason} (see {first[shared]})")
+            continue
+        if shared is not None:
+            first[shared] = verdict.check
+        body = failure(verdict, checks[verdict.check], command[verdict.check])
+        told.append(f"{verdict.check} of {verdict.target}\n\n{textwrap.indent(body, '  ')}")
+    if repeated:
+        told.append("\n".join(["The same cause also took down:", *(f"  {line}" for line in repeated)]))
+    return "\n\n\n".join(told)
+
+
+def table(verdicts: Sequence[Verdict]) -> str:
+    """What one target's checks came to: groups across; TP=1, TP=2 and the reference down.
+
+    A cell such as "8/9 0.31" says that 8 of 9 checks hold there and that the worst error is 0.31 of its tolerance;
+    a check stands in every row it measured something for.
+    """
+    judged = [verdict for verdict in verdicts if verdict.status is not Status.NOT_APPLICABLE]
+    groups = [group for group in GROUPS if any(_group(verdict) == group for verdict in judged)]
+    rows = sorted({where for verdict in judged for where in _places(verdict)}, key=_row_order)
+    cells = [["", *groups]]
+    cells += [[where, *(_cell(where, [v for v in judged if _group(v) == group]) for group in groups)] for where in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    lines.append("passed/judged, then the worst error as a share of its tolerance; ! marks what did not hold")
+    return "\n".join(lines)
+
+
+def not_applicable(verdicts: Sequence[Verdict]) -> str:
+    """The checks that one target gave no occasion for, with the reasons; empty if there are none."""
+    found = [verdict for verdict in verdicts if verdict.status is Status.NOT_APPLICABLE]
+    if not found:
+        return ""
+    width = max(len(verdict.check) for verdict in found) + 4
+    lines = (_hanging(f"  {verdict.check}".ljust(width), verdict.reason) for verdict in found)
+    return "\n".join([f"not applicable ({len(found)}):", *lines])
+
+
+def catalogue(checks: Collection[Check] | None = None) -> str:
+    """Every check with its level and claim, by group."""
+    shown = all_checks() if checks is None else checks
+    width = max(len(check.id) for check in shown) + 4
+    lines: list[str] = []
+    for group in GROUPS:
+        mine = [check for check in shown if check.group == group]
+        if mine:
+            lines += ["", group] if lines else [group]
+        lines += [_hanging(f"  {check.id}".ljust(width) + f"{check.level.value:13}", check.claim) for check in mine]
+    return "\n".join(lines) + "\n"
+
+
+def _measured(measurements: Sequence[Measurement]) -> list[str]:
+    """Broken limits, worst first, and how many held."""
+    broken = _worst_first(m for m in measurements if not m.ok)
+    held = [m for m in measurements if m.ok]
+    shown = broken[:_MEASUREMENTS_SHOWN]
+    width = max((len(m.where) for m in shown), default=0)
+    lines = ["Measured, worst first"] if broken else []
+    for m in shown:
+        lines.append(f"  {m.where:{width}}  {m.what}: {_against(m)}")
+        if m.detail:
+            lines.append(_wrap(m.detail, "  " * 2 + " " * width))
+    if len(broken) > len(shown):
+        lines.append(f"  and {len(broken) - len(shown)} more beyond their limits")
+    if held:
+        closest = max(m.ratio for m in held)
+        lines.append(
+            f"  {len(held)} of {len(measurements)} measurements hold, the closest at {closest:.2g} of its limit"
+        )
+    return lines
+
+
+def _against(m: Measurement) -> str:
+    if m.allowed == 0 and m.measured == int(m.measured if math.isfinite(m.measured) else 0):
+        return f"{m.measured:g}, and none is allowed"
+    times = f", {_number(m.ratio)} times its limit" if math.isfinite(m.ratio) else ""
+    return f"{_number(m.measured)} where {_number(m.allowed)} is allowed{times}"
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if math.isfinite(x) and 100 <= abs(x) < 1e6 else f"{x:.3g}"
+
+
+def _cell(where: str, verdicts: Sequence[Verdict]) -> str:
+    """One group's checks in one row of the table."""
+    here = [(v, [m for m in v.measurements if m.where == where]) for v in verdicts if where in _places(v)]
+    if not here:
+        return "-"
+    holding = [v for v, found in here if found and all(m.ok for m in found) and v.where != where]
+    errors = [m for _, found in here for m in found if m.allowed != 0]
+    broken = any(v.status in _BROKEN and v not in holding for v, _ in here)
+    worst = f" {max(errors, key=lambda m: m.severity).ratio:.2g}" if errors else ""
+    return f"{len(holding)}/{len(here)}{worst}{' !' if broken else ''}"
+
+
+def _places(verdict: Verdict) -> set[str]:
+    """Rows of the table a verdict stands in."""
+    found = {m.where for m in verdict.measurements} | ({verdict.where} if verdict.where else set())
+    return found or {REFERENCE}
+
+
+def _row_order(where: str) -> tuple[bool, int, str]:
+    """Engines by size, then the reference."""
+    size = where.rpartition("=")[2]
+    return where == REFERENCE, int(size) if size.isdigit() else 0, where
+
+
+def _group(verdict: Verdict) -> str:
+    return verdict.check.partition(".")[0]
+
+
+def _worst_first(measurements: Iterator[Measurement]) -> list[Measurement]:
+    return sorted(measurements, key=lambda m: m.severity, reverse=True)
+
+
+def _qualified(report: str) -> str:
+    return f"vllm-project/vllm{report}" if report.startswith("#") else report
+
+
+def _section(title: str, body: str) -> str:
+    return f"{title}\n{textwrap.indent(body, '  ')}"
+
+
+def _wrap(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _hanging(label: str, text: str) -> str:
+    """`text` beside `label`, with its further lines under its first."""
+    return label + _wrap(text, " " * len(label)).lstrip()

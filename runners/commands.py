@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import platform
@@ -22,9 +21,7 @@ from genmodel.runners.evidence import Gradients, Inspection, ReferenceRun, Trace
 from genmodel.runners.protocol import Spec, Unusable
 from genmodel.runners.scenarios import ENGINE_SCENARIOS, IN_PROCESS_OPTIONS, Plan
 
-# What imports made will never be garbage: looking through it at every tear-down costs a second.
-gc.collect()
-gc.freeze()
+_vllm.keep_imports_frozen()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 

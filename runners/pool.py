@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from genmodel.runners.evidence import Failure
+from genmodel.runners.leftovers import segments, sweep
 from genmodel.runners.protocol import Command
 
 IMPORT_DEADLINE = 240.0
@@ -58,6 +59,7 @@ class Pool:
         self.directory = Path(tempfile.mkdtemp(prefix="genmodel-"))
         self._hosts: list[_Host | None] = [None] * size
         self.import_seconds = 0.0
+        self._segments = segments()
 
     @property
     def size(self) -> int:
@@ -94,6 +96,7 @@ class Pool:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     host.process.wait(max(0.0, deadline - time.monotonic()))
                 self.discard(rank)
+        sweep(self._segments)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def discard(self, rank: int) -> None:

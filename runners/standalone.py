@@ -24,7 +24,7 @@ class Standalone:
 
     model: nn.Module
     native: bool
-    """Whether it is made of vLLM's own layers, evaluated here with SDPA."""
+    """Whether it has vLLM's own attention layers, evaluated here with SDPA."""
     vllm_config: Any
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -75,10 +75,10 @@ def build(target: Any, vllm_config: Any, dtype: torch.dtype) -> Iterator[Standal
         vllm_config.compilation_config.static_forward_context.clear()
         model = call_factory(target, vllm_config, ParallelContext())
         _vllm.use_plain_linear(model)
-        for module in model.modules():
-            if _vllm.is_attention(module):
-                module.forward = _dense_attention(module)
-        yield Standalone(model.to(dtype).eval(), True, vllm_config)
+        native = [module for module in model.modules() if _vllm.is_attention(module)]
+        for module in native:
+            module.forward = _dense_attention(module)
+        yield Standalone(model.to(dtype).eval(), bool(native), vllm_config)
 
 
 def _dense_attention(layer: Any) -> Callable[..., torch.Tensor]:

@@ -1,0 +1,3 @@
+"""For this repository's own tests."""
+
+pytest_plugins = ("pytester",)

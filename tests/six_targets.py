@@ -34,7 +34,9 @@ class StyledForVllm(nn.Module):
     def embed_input_ids(self, input_ids: Any) -> Any:
         return self.model.embed_input_ids(input_ids)
 
-    def forward(self, input_ids: Any, positions: Any, intermediate_tensors: Any = None, inputs_embeds: Any = None) -> Any:
+    def forward(
+        self, input_ids: Any, positions: Any, intermediate_tensors: Any = None, inputs_embeds: Any = None
+    ) -> Any:
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Any) -> Any:

@@ -1,0 +1,34 @@
+"""Every mutant is caught by the check that claims to; a suite that cannot fail is worth nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from genmodel.conformance import catalogue
+from genmodel.conformance.verdict import Status
+from genmodel.runners.session import Session, TargetOptions
+from mutants.dense_mutants import MUTANTS, Mutant
+
+OPTIONS = {
+    m.name: TargetOptions(spec=f"mutant:{m.name}", target=m.factory, tensor_parallel_sizes=m.tp, reference=m.reference)
+    for m in MUTANTS
+}
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
+    """One pool of hosts for the whole zoo."""
+    with Session(OPTIONS.values()) as running:
+        yield running
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_mutant_is_caught(session: Session, mutant: Mutant) -> None:
+    """The named check fails, on measured numbers rather than for want of evidence."""
+    check = catalogue.get(mutant.caught_by)
+    evidence = session.collect(OPTIONS[mutant.name], check.needs | {"inspection"})
+    verdict = catalogue.judge(check, evidence)
+    assert verdict.status is Status.FAILED, verdict
+    assert any(not m.ok for m in verdict.measurements), verdict.reason

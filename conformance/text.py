@@ -71,14 +71,14 @@ def failures(verdicts: Sequence[Verdict], checks: Mapping[str, Check], command: 
             continue
         shared = cause(verdict)
         if shared is not None and shared in first:
-            repeated.append(f"{verdict.check}: {verdict.reason} (see {first[shared]})")
+            repeated.append(f"  {verdict.check:32}  as {first[shared]}")
             continue
         if shared is not None:
             first[shared] = verdict.check
         body = failure(verdict, checks[verdict.check], command[verdict.check])
         told.append(f"{verdict.check} of {verdict.target}\n\n{textwrap.indent(body, '  ')}")
     if repeated:
-        told.append("\n".join(["The same cause also took down:", *(f"  {line}" for line in repeated)]))
+        told.append("\n".join(["For causes already told, these failed too:", *repeated]))
     return "\n\n\n".join(told)
 
 
@@ -130,7 +130,7 @@ def _measured(measurements: Sequence[Measurement]) -> list[str]:
     width = max((len(m.where) for m in shown), default=0)
     lines = ["Measured, worst first"] if broken else []
     for m in shown:
-        lines.append(f"  {m.where:{width}}  {m.what}: {_against(m)}")
+        lines.append(_hanging(f"  {m.where:{width}}  ", f"{m.what}: {_against(m)}"))
         if m.detail:
             lines.append(_wrap(m.detail, "  " * 2 + " " * width))
     if len(broken) > len(shown):
@@ -151,7 +151,7 @@ def _against(m: Measurement) -> str:
 
 
 def _number(x: float) -> str:
-    return f"{x:,.0f}" if math.isfinite(x) and 100 <= abs(x) < 1e6 else f"{x:.3g}"
+    return f"{x:,.0f}" if math.isfinite(x) and 100 <= abs(x) < 1e6 else f"{x:.2g}"
 
 
 def _cell(where: str, verdicts: Sequence[Verdict]) -> str:
@@ -162,7 +162,7 @@ def _cell(where: str, verdicts: Sequence[Verdict]) -> str:
     holding = [v for v, found in here if found and all(m.ok for m in found) and v.where != where]
     errors = [m for _, found in here for m in found if m.allowed != 0]
     broken = any(v.status in _BROKEN and v not in holding for v, _ in here)
-    worst = f" {max(errors, key=lambda m: m.severity).ratio:.2g}" if errors else ""
+    worst = f" {_number(max(errors, key=lambda m: m.severity).ratio)}" if errors else ""
     return f"{len(holding)}/{len(here)}{worst}{' !' if broken else ''}"
 
 

@@ -76,7 +76,7 @@ class Measurement:
 def violations(what: str, found: Sequence[str], where: str = REFERENCE) -> Measurement:
     """A law about facts as a measurement: `found` names what breaks it, and nothing may."""
     hidden = len(found) - _NAMES_SHOWN
-    detail = ", ".join(found[:_NAMES_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")
+    detail = "; ".join(found[:_NAMES_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")
     return Measurement(what=what, where=where, measured=len(found), allowed=0, detail=detail)
 
 

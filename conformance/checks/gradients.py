@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from genmodel.conformance.access import gradients
 from genmodel.conformance.catalogue import check
-from genmodel.conformance.verdict import REFERENCE, Measurement, NotApplicable, violations
+from genmodel.conformance.verdict import REFERENCE, Level, Measurement, NotApplicable, violations
 from genmodel.runners.evidence import Evidence, ParameterGradient
 
 ROUNDING = 1e-9
@@ -190,7 +190,7 @@ def dropout(evidence: Evidence) -> Iterator[Measurement]:
     )
 
 
-@check(needs=("inspection", "gradients"))
+@check(needs=("inspection", "gradients"), level=Level.RECOMMENDED)
 def loss_falls(evidence: Evidence) -> Iterator[Measurement]:
     """A few optimiser steps on one batch lower the loss.
 

@@ -77,7 +77,7 @@ def forward(evidence: Evidence) -> Iterator[Measurement]:
         each token is:
 
             def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
-                x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds   # [tokens, hidden]
+                x = self.embed_input_ids(input_ids)      # [tokens, hidden], as forward returns too
     Reports:
         #12038 vllm-ascend#3091
     """

@@ -1,0 +1,163 @@
+"""What people and other tools read: failures, the table, reasons, and the JSON report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from evidence_samples import FAILING, change_scores, clean, shifted, spoiled
+from genmodel.conformance import text
+from genmodel.conformance.catalogue import all_checks, get, judge
+from genmodel.conformance.report import report_json, target_json, verdict_json
+from genmodel.conformance.verdict import Status, Verdict
+from genmodel.runners.evidence import Evidence, Failure
+
+CHECKS = {check.id: check for check in all_checks()}
+COMMANDS = {check_id: f"pytest --genmodel=my_pkg:factory genmodel/{check_id}[my_pkg:factory]" for check_id in CHECKS}
+
+
+def judged(evidence: Evidence) -> list[Verdict]:
+    return [judge(check, evidence) for check in all_checks()]
+
+
+def shifted_at_two() -> Evidence:
+    return change_scores(clean(), shifted(1e-3), sizes=(2,))
+
+
+def unbuilt() -> Evidence:
+    failure = Failure(
+        kind="raised", scenario="inspection", message="the factory raised KeyError: 'x'", details="in factory"
+    )
+    evidence = clean()
+    return replace(
+        evidence,
+        inspection=failure,
+        gradients=replace(failure, scenario="gradients"),
+        reference=failure,
+        traces=dict.fromkeys(evidence.traces, failure),
+    )
+
+
+def test_a_failure_tells_claim_numbers_causes_fix_and_command() -> None:
+    verdict = judge(get("logits.values"), shifted_at_two())
+    told = text.failure(verdict, get("logits.values"), "pytest this")
+    order = [
+        "raw logits are the reference's",
+        "worst first",
+        "Usual causes",
+        "How to fix",
+        "Seen in",
+        "Run just this check",
+    ]
+    assert sorted(order, key=told.index) == order
+    assert "TP=2  first token: mean |logit difference|: 0.001 where 8.3e-06 is allowed, 120 times its limit" in told
+    assert "vllm-project/vllm#52158" in told
+    assert "6 of 12 measurements hold, the closest at" in told
+    assert told.endswith("  pytest this")
+
+
+@pytest.mark.parametrize(("check_id", "name"), [(check_id, name) for check_id in FAILING for name in FAILING[check_id]])
+def test_every_failure_fits_the_terminal(check_id: str, name: str) -> None:
+    verdict = judge(get(check_id), FAILING[check_id][name](clean()))
+    assert max(map(len, text.failure(verdict, get(check_id), "pytest").splitlines())) <= text.WIDTH
+    assert "\n" not in text.summary(verdict)
+
+
+def test_the_summary_is_the_worst_measurement() -> None:
+    verdict = judge(get("logits.values"), shifted_at_two())
+    assert text.summary(verdict).startswith("TP=2, first token: mean |logit difference|: 0.001 where")
+
+
+def test_nan_is_worst_of_all() -> None:
+    spoiled_too = change_scores(shifted_at_two(), spoiled(float("nan")), requests=("one_token",), sizes=(1,))
+    assert text.summary(judge(get("logits.values"), spoiled_too)).startswith(
+        "TP=1, first token: max |logit difference|: nan"
+    )
+
+
+def test_one_cause_is_told_once() -> None:
+    told = text.failures(judged(unbuilt()), CHECKS, COMMANDS)
+    assert told.count("in factory") == 1
+    assert told.count("KeyError") == 1
+    lines = told.splitlines()
+    assert len([line for line in lines if line.endswith("as interface.builds")]) == len(CHECKS) - 1
+    repeated = text.failure(judged(unbuilt())[5], all_checks()[5], "pytest", shown_under="interface.builds")
+    assert "As for interface.builds" in repeated
+    assert "in factory" not in repeated
+
+
+def test_nothing_is_told_of_what_passed() -> None:
+    assert text.failures(judged(clean()), CHECKS, COMMANDS) == ""
+
+
+def test_the_table_has_groups_across_and_engines_down() -> None:
+    lines = text.table(judged(shifted_at_two())).splitlines()
+    assert lines[0].split() == ["interface", "gradients", "logits", "deployment"]
+    assert [line.split()[0] for line in lines[1:4]] == ["TP=1", "TP=2", "reference"]
+    assert lines[1].split()[1:3] == ["-", "-"]
+    assert "9/9 0." in lines[1]
+    assert "8/11 120 !" in lines[2]
+    assert "7/7" in lines[3]
+    assert "!" not in lines[1] + lines[3]
+
+
+def test_the_table_counts_missing_evidence_where_it_is_missing() -> None:
+    evidence = clean()
+    evidence.traces["plain", 2] = Failure(kind="died", scenario="plain", message="died")
+    rows = {line.split()[0]: line for line in text.table(judged(evidence)).splitlines()}
+    assert "9/9" in rows["TP=1"]
+    assert "0/11 !" in rows["TP=2"]
+
+
+def test_an_expected_failure_is_not_marked() -> None:
+    verdict = replace(judge(get("logits.values"), shifted_at_two()), status=Status.XFAILED)
+    assert "0/1 120\n" in text.table([verdict])
+
+
+def test_not_applicable_checks_are_listed_with_reasons() -> None:
+    told = text.not_applicable(judged(clean()))
+    assert told.splitlines()[0] == "not applicable (1):"
+    assert "gradients.dropout" in told
+    assert "declares no dropout" in told
+    assert text.not_applicable([]) == ""
+
+
+def test_the_catalogue_lists_every_check() -> None:
+    told = text.catalogue()
+    assert all(f"  {check_id} " in told for check_id in CHECKS)
+    assert max(map(len, told.splitlines())) <= text.WIDTH
+
+
+def test_the_report_is_strict_json_and_complete() -> None:
+    evidence = change_scores(clean(), spoiled(float("nan")))
+    verdicts = judged(evidence)
+    facts = json.loads(json.dumps(target_json(evidence), allow_nan=False))
+    report = json.loads(json.dumps(report_json([facts], verdicts), allow_nan=False))
+    assert report["schema_version"] == 1
+    assert report["environment"]["vllm"] == "0.32.0"
+    (target,) = report["targets"]
+    assert target["name"] == "my_pkg:factory"
+    assert target["reference"]["independent"] is True
+    assert target["seconds"]["import"] == 3.0
+    assert target["seconds"]["checks"] > 0
+    assert [check["id"] for check in target["checks"]] == list(CHECKS)
+    values = next(check for check in target["checks"] if check["id"] == "logits.values")
+    assert values["status"] == "failed"
+    assert "nan" in [measurement["measured"] for measurement in values["measurements"]]
+    assert sum(report["counts"].values()) == len(CHECKS)
+
+
+def test_the_report_of_a_model_that_does_not_build() -> None:
+    evidence = unbuilt()
+    report = report_json([target_json(evidence)], judged(evidence))
+    assert report["targets"][0]["reference"] is None
+    assert report["counts"]["failed"] == len(CHECKS)
+    assert report_json([], [])["environment"] == {}
+
+
+def test_numbers_that_are_not_finite_read_back() -> None:
+    verdict = judge(get("interface.builds"), FAILING["interface.builds"]["no parameters"](clean()))
+    (measurement,) = verdict_json(verdict)["measurements"]
+    assert float(measurement["ratio"]) == float("inf")

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genmodel.modeling.attention import TrainableAttention
-from genmodel.modeling.collectives import gather_from_group
+from genmodel.modeling.collectives import gather_from_group, reduce_from_group
+from genmodel.modeling.layers import RowParallelLinear, VocabParallelEmbedding
 from genmodel.modeling.loading import load_weights
 from genmodel.modeling.parallel_context import ParallelContext
 from genmodel.reference_models import dense, gpt
@@ -44,12 +45,12 @@ MUTANTS: list[Mutant] = []
 def mutant(
     *, caught_by: str, reports: str, tp: tuple[int, ...] = (1,), of: Any = dense, alone: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a mutation `(model, context) -> None` of a reference model."""
+    """Register a mutation `(model) -> None` of a reference model."""
 
     def register(mutate: Callable[..., None]) -> Callable[..., None]:
         def factory(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
             model = of.factory(vllm_config, parallel_context)
-            mutate(model, parallel_context)
+            mutate(model)
             return model  # type: ignore[no-any-return]
 
         factory.__qualname__ = f"{mutate.__name__}.factory"
@@ -64,28 +65,30 @@ def mutant(
 
 
 @mutant(caught_by="logits.values", reports="#3775", tp=(1, 2), alone=True)
-def missing_all_reduce(model: Any, context: ParallelContext) -> None:
+def missing_all_reduce(model: Any) -> None:
     """The MLP's partial sums are never added up."""
     for layer in model.layers:
         layer.mlp.down.forward = lambda x, down=layer.mlp.down: F.linear(x, down.weight)
 
 
 @mutant(caught_by="logits.tensor_parallel", reports="#3775", tp=(1, 2), alone=True)
-def gate_up_as_one_column(model: Any, context: ParallelContext) -> None:
+def gate_up_as_one_column(model: Any) -> None:
     """[gate; up] is cut in two, so that one rank holds gate and the other up."""
+    context = _context(model)
     for layer in model.layers:
         layer.mlp.gate_up.weight.weight_loader = _plain_slice(context)
 
 
 @mutant(caught_by="logits.prefill_top_k", reports="#42803", tp=(2,), alone=True)
-def naive_qkv_slices(model: Any, context: ParallelContext) -> None:
+def naive_qkv_slices(model: Any) -> None:
     """[q; k; v] is cut in two without regard to what is q, k and v."""
+    context = _context(model)
     for layer in model.layers:
         layer.attn.qkv.weight.weight_loader = _plain_slice(context)
 
 
 @mutant(caught_by="logits.first_token", reports="vllm-gguf-plugin#103", tp=(2,), alone=True)
-def every_rank_loads_shard_0(model: Any, context: ParallelContext) -> None:
+def every_rank_loads_shard_0(model: Any) -> None:
     """All shapes fit, and every rank holds the first half."""
     for layer in model.layers:
 
@@ -96,8 +99,9 @@ def every_rank_loads_shard_0(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="logits.greedy_rank", reports="#20843, SpecForge#284", tp=(2,), alone=True)
-def logits_of_ranks_swapped(model: Any, context: ParallelContext) -> None:
+def logits_of_ranks_swapped(model: Any) -> None:
     """The vocabulary's parts are joined in the wrong order."""
+    context = _context(model)
     head = model.lm_head
 
     def forward(hidden: Tensor) -> Tensor:
@@ -109,11 +113,9 @@ def logits_of_ranks_swapped(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="logits.values", reports="text-generation-inference#1036", tp=(2,), of=gpt, alone=True)
-def row_bias_on_every_rank(model: Any, context: ParallelContext) -> None:
+def row_bias_on_every_rank(model: Any) -> None:
     """Every rank adds the row-parallel bias before the reduction."""
-    from genmodel.modeling.collectives import reduce_from_group
-    from genmodel.modeling.layers import RowParallelLinear
-
+    context = _context(model)
     for module in model.modules():
         if isinstance(module, RowParallelLinear):
             module.forward = lambda x, m=module: reduce_from_group(F.linear(x, m.weight, m.bias), context)  # type: ignore[method-assign]
@@ -123,7 +125,7 @@ def row_bias_on_every_rank(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="logits.values", reports="#36637")
-def attention_scale_ignored(model: Any, context: ParallelContext) -> None:
+def attention_scale_ignored(model: Any) -> None:
     """The config's attention scale is not passed on."""
     for layer in model.layers:
         attn = layer.attn.attn
@@ -133,7 +135,7 @@ def attention_scale_ignored(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="logits.decode_top_k", reports="vllm-ascend#4641")
-def rotary_interleaved(model: Any, context: ParallelContext) -> None:
+def rotary_interleaved(model: Any) -> None:
     """Neighbours (2i, 2i + 1) are rotated where the weights were trained for (i, i + D / 2)."""
 
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -152,7 +154,7 @@ def rotary_interleaved(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="logits.values", reports="Liger-Kernel#74")
-def norm_weight_offset(model: Any, context: ParallelContext) -> None:
+def norm_weight_offset(model: Any) -> None:
     """Norm weights are taken as 1 + weight."""
     for module in model.modules():
         if isinstance(module, dense.RMSNorm):
@@ -160,20 +162,20 @@ def norm_weight_offset(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="logits.kl", reports="vllm-metal#659")
-def final_norm_skipped(model: Any, context: ParallelContext) -> None:
+def final_norm_skipped(model: Any) -> None:
     """The last normalisation is left out."""
     model.norm.forward = lambda x: x * model.norm.weight
 
 
 @mutant(caught_by="logits.values", reports="#52158")
-def logit_scale_dropped(model: Any, context: ParallelContext) -> None:
+def logit_scale_dropped(model: Any) -> None:
     """Logits are half of what they should be: every argmax, and every top-K, is still right."""
     compute = model.compute_logits
     model.compute_logits = lambda hidden: compute(hidden) / 2
 
 
 @mutant(caught_by="logits.values", reports="#21863, #49795")
-def window_where_there_is_none(model: Any, context: ParallelContext) -> None:
+def window_where_there_is_none(model: Any) -> None:
     """One layer sees only the last 16 tokens: short prompts are all right."""
     attn = model.layers[1].attn.attn
     model.layers[1].attn.attn = TrainableAttention(
@@ -182,7 +184,7 @@ def window_where_there_is_none(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="logits.values", reports="#5621, #53019", alone=True)
-def real_head_discarded(model: Any, context: ParallelContext) -> None:
+def real_head_discarded(model: Any) -> None:
     """`load_weights` takes the embedding for the head although the checkpoint has a head of its own."""
 
     def load(weights: Any) -> set[str]:
@@ -196,7 +198,7 @@ def real_head_discarded(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="logits.decode_top_k", reports="mlx-vlm#1983", alone=True)
-def positions_start_at_zero(model: Any, context: ParallelContext) -> None:
+def positions_start_at_zero(model: Any) -> None:
     """Positions are counted from the start of the batch instead of taken as given."""
     forward = model.forward
 
@@ -208,7 +210,7 @@ def positions_start_at_zero(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="logits.batching", reports="#43631", alone=True)
-def state_leaks_between_requests(model: Any, context: ParallelContext) -> None:
+def state_leaks_between_requests(model: Any) -> None:
     """A running mean kept in the module moves with every token it ever saw."""
     embed = model.embed_tokens.forward
     seen = {"mean": torch.zeros(())}
@@ -223,7 +225,7 @@ def state_leaks_between_requests(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="gradients.packed_sequences", reports="transformers#46634", alone=True)
-def packed_sequences_see_each_other(model: Any, context: ParallelContext) -> None:
+def packed_sequences_see_each_other(model: Any) -> None:
     """A token is mixed with its left neighbour, whosever sequence that belongs to."""
     embed = model.embed_tokens.forward
 
@@ -238,7 +240,7 @@ def packed_sequences_see_each_other(model: Any, context: ParallelContext) -> Non
 
 
 @mutant(caught_by="gradients.attention_inputs", reports="minimind#859", alone=True)
-def attention_cut_from_the_graph(model: Any, context: ParallelContext) -> None:
+def attention_cut_from_the_graph(model: Any) -> None:
     """Attention runs under no_grad, as an inference-only kernel does."""
     for layer in model.layers:
         attend = layer.attn.attn.forward
@@ -252,7 +254,7 @@ def attention_cut_from_the_graph(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="gradients.numeric", reports="minimind#859", alone=True)
-def one_of_two_paths_detached(model: Any, context: ParallelContext) -> None:
+def one_of_two_paths_detached(model: Any) -> None:
     """Every parameter has a gradient, but the gate's path is missing from it."""
     for layer in model.layers:
 
@@ -265,21 +267,21 @@ def one_of_two_paths_detached(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="gradients.causality", reports="", alone=True)
-def sees_the_future(model: Any, context: ParallelContext) -> None:
+def sees_the_future(model: Any) -> None:
     """Hidden states are centred on the mean over all tokens, later ones included."""
     forward = model.norm.forward
     model.norm.forward = lambda x: forward(x - 0.1 * x.mean(0, keepdim=True))
 
 
 @mutant(caught_by="gradients.train_eval", reports="", alone=True)
-def training_mode_differs(model: Any, context: ParallelContext) -> None:
+def training_mode_differs(model: Any) -> None:
     """Training computes something else although no dropout is declared."""
     forward = model.norm.forward
     model.norm.forward = lambda x: forward(x) * (1.01 if model.training else 1.0)
 
 
 @mutant(caught_by="gradients.dropout", reports="", alone=True)
-def dropout_at_inference(model: Any, context: ParallelContext) -> None:
+def dropout_at_inference(model: Any) -> None:
     """Dropout that never learns of evaluation mode."""
     model.dropout = nn.Dropout(0.1)
     forward = model.norm.forward
@@ -290,7 +292,7 @@ def dropout_at_inference(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="interface.parameters_registered", reports="#10327", alone=True)
-def layers_in_a_plain_list(model: Any, context: ParallelContext) -> None:
+def layers_in_a_plain_list(model: Any) -> None:
     """No state dict has the layers, so nothing ever loads them."""
     layers = list(model.layers)
     del model.layers
@@ -298,41 +300,45 @@ def layers_in_a_plain_list(model: Any, context: ParallelContext) -> None:
 
 
 @mutant(caught_by="interface.attention_prefixes", reports="vllm-ascend#4603, #3924", alone=True)
-def one_prefix_for_all_layers(model: Any, context: ParallelContext) -> None:
+def one_prefix_for_all_layers(model: Any) -> None:
     """Layers that share a prefix would share a KV cache."""
     for layer in model.layers:
         layer.attn.attn.prefix = "model.attn"
 
 
 @mutant(caught_by="interface.signature", reports="vllm-ascend#3091, #12038", alone=True)
-def forward_without_positions(model: Any, context: ParallelContext) -> None:
+def forward_without_positions(model: Any) -> None:
     """vLLM passes `positions`, and forward has no such argument."""
     forward = model.forward
     model.forward = lambda input_ids: forward(input_ids, torch.arange(input_ids.shape[0]))
 
 
 @mutant(caught_by="interface.embed_input_ids", reports="#27583, #30469", alone=True)
-def embedding_of_the_wrong_width(model: Any, context: ParallelContext) -> None:
+def embedding_of_the_wrong_width(model: Any) -> None:
     """Embeddings are not as wide as the hidden states."""
     embed = model.embed_input_ids
     model.embed_input_ids = lambda input_ids: embed(input_ids)[..., :64]
 
 
 @mutant(caught_by="interface.compute_logits", reports="#20843", alone=True)
-def padded_vocabulary_shows(model: Any, context: ParallelContext) -> None:
+def padded_vocabulary_shows(model: Any) -> None:
     """The head's padding rows are returned as if they were tokens."""
     compute = model.compute_logits
     model.compute_logits = lambda hidden: F.pad(compute(hidden), (0, 5))
 
 
 @mutant(caught_by="interface.rebuild", reports="#10327", alone=True)
-def differs_from_build_to_build(model: Any, context: ParallelContext) -> None:
+def differs_from_build_to_build(model: Any) -> None:
     """Parameter names depend on what was built before."""
     _BUILDS.append(None)
     model.register_parameter(f"extra_{len(_BUILDS)}", nn.Parameter(torch.ones(3)))
 
 
 _BUILDS: list[None] = []
+
+
+def _context(model: nn.Module) -> ParallelContext:
+    return next(m.parallel_context for m in model.modules() if isinstance(m, VocabParallelEmbedding))
 
 
 def _plain_slice(context: ParallelContext) -> Callable[[Tensor, Tensor], None]:

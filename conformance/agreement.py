@@ -27,7 +27,9 @@ from genmodel.runners.evidence import Continuation, ReferenceRun, Trace
 
 NOISE_FACTOR = 4.0
 """Noise floors an error may be. An engine adds up in another order than the reference and so makes other rounding
-errors of the same size: the largest of one set exceeds that of the other by a factor near 1, bugs by orders."""
+errors of the same size: the largest of one set exceeds that of the other by a factor near 1, bugs by orders.
+Measured on reference_models.dense and gpt in float32 (plain, alone and deployed, TP=1 and TP=2, each phase): 0.6 to
+1.25 floors, maxima and means alike."""
 
 ULP_FACTOR = 4.0
 """Units in the last place (tested dtype, largest logit) allowed on top: where the noise floor happens to be zero,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from genmodel.conformance.catalogue import GROUPS, Check, all_checks
 from genmodel.conformance.verdict import REFERENCE, Measurement, Status, Verdict
@@ -14,21 +14,18 @@ _MEASUREMENTS_SHOWN = 6
 _BROKEN = (Status.FAILED, Status.ERROR, Status.XPASSED)
 
 
-def failure(verdict: Verdict, check: Check, command: str, *, shown_under: str | None = None) -> str:
+def failure(verdict: Verdict, check: Check, command: str) -> str:
     """Why a check did not pass and what to do: claim, numbers, usual causes, fix, and how to run it alone.
 
     Args:
         verdict: of a check that failed or is in error.
         check: its entry in the catalogue.
         command: runs just this check.
-        shown_under: id of an earlier failure with the same `cause`; the cause is then referred to, not repeated.
     """
     parts = [_wrap(check.claim)]
     if verdict.reason:
         parts.append(_wrap(f"{verdict.status.value}: {verdict.reason}"))
-    if shown_under is not None:
-        parts.append(f"As for {shown_under}, where the details are.")
-    elif verdict.details:
+    if verdict.details:
         parts.append(_section("What happened", verdict.details))
     if verdict.measurements:
         parts.append("\n".join(_measured(verdict.measurements)))
@@ -51,35 +48,11 @@ def summary(verdict: Verdict) -> str:
 
 
 def cause(verdict: Verdict) -> tuple[str, str] | None:
-    """What verdicts that one event took down have in common, such as a model that does not build; else None."""
-    return (verdict.reason, verdict.details) if verdict.reason and not verdict.measurements else None
+    """Equal for verdicts that one event took down, such as a model that does not build, so that it is told once.
 
-
-def failures(verdicts: Sequence[Verdict], checks: Mapping[str, Check], command: Mapping[str, str]) -> str:
-    """All that did not pass, each in full, except that one cause is told once and then in one line per check.
-
-    Args:
-        verdicts: of one target.
-        checks: catalogue entries by id.
-        command: what runs just this check, by id.
+    None where the verdict has measurements of its own.
     """
-    first: dict[tuple[str, str], str] = {}
-    told: list[str] = []
-    repeated: list[str] = []
-    for verdict in verdicts:
-        if verdict.status not in _BROKEN:
-            continue
-        shared = cause(verdict)
-        if shared is not None and shared in first:
-            repeated.append(f"  {verdict.check:32}  as {first[shared]}")
-            continue
-        if shared is not None:
-            first[shared] = verdict.check
-        body = failure(verdict, checks[verdict.check], command[verdict.check])
-        told.append(f"{verdict.check} of {verdict.target}\n\n{textwrap.indent(body, '  ')}")
-    if repeated:
-        told.append("\n".join(["For causes already told, these failed too:", *repeated]))
-    return "\n\n\n".join(told)
+    return (verdict.reason, verdict.details) if verdict.reason and not verdict.measurements else None
 
 
 def table(verdicts: Sequence[Verdict]) -> str:

@@ -32,6 +32,8 @@ class FakeSession:
         self._log(f"resolve {options.spec}")
         if options.spec == "models:unusable":
             raise UnusableTarget("no module named 'models'")
+        if options.spec == "models:crash":
+            raise OSError("a bug in the harness")
         return replace(evidence_samples.clean().target, name=options.spec, spec=options.spec)
 
     def collect(self, options: TargetOptions, scenarios: Collection[str]) -> Evidence:

@@ -145,8 +145,9 @@ def test_harness_that_cannot_prove_its_path_is_an_error(suite: Suite) -> None:
     result.stdout.fnmatch_lines(["ERROR genmodel/interface.reaches_workers[[]*[]] - no evidence: one*"])
 
 
-def test_harness_that_raises_is_an_error_of_every_check_and_told_once(suite: Suite) -> None:
-    result = suite(target="models:boom")
+@pytest.mark.parametrize("target", ["models:boom", "models:crash"])
+def test_harness_that_raises_is_an_error_of_every_check_and_told_once(suite: Suite, target: str) -> None:
+    result = suite(target=target)
 
     assert result.ret == 1
     result.assert_outcomes(errors=len(CHECKS))
@@ -221,6 +222,26 @@ def test_runxfail_ignores_expectations(suite: Suite) -> None:
     Path("expected.toml").write_text('"interface.signature" = "known"\n')
 
     assert suite("--genmodel-expect=expected.toml", "--runxfail", target="models:wrong").ret == 1
+
+
+def test_a_tests_timeout_does_not_cover_the_engines(suite: Suite, pytester: pytest.Pytester) -> None:
+    """pytest-timeout's clock, like any plugin's around a test, starts after the evidence is there."""
+    pytester.makeconftest(
+        """
+        from pathlib import Path
+
+        import pytest
+
+        @pytest.hookimpl(hookwrapper=True)
+        def pytest_runtest_protocol(item):
+            with Path("hosts.log").open("a") as log:
+                log.write("clock\\n")
+            yield
+        """
+    )
+    suite("-k", "interface.builds").assert_outcomes(passed=1, deselected=len(catalogue.all_checks()) - 1)
+
+    assert [line.split()[1:2] for line in log()[2:]] == [["collect"], ["resolve"], [], ["close"]]
 
 
 # --- selection -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from genmodel.conformance.catalogue import GROUPS, Check, all_checks
 from genmodel.conformance.verdict import REFERENCE, Measurement, Status, Verdict
 
-WIDTH = 100
+WIDTH = 80
 _MEASUREMENTS_SHOWN = 6
 _BROKEN = (Status.FAILED, Status.ERROR, Status.XPASSED)
 
@@ -30,9 +30,9 @@ def failure(verdict: Verdict, check: Check, command: str) -> str:
     if verdict.measurements:
         parts.append("\n".join(_measured(verdict.measurements)))
     if any(not m.ok for m in verdict.measurements):
-        parts += [_section("Usual causes", check.causes), _section("How to fix", check.fix)]
+        parts += [_section("Usual causes", _reflowed(check.causes)), _section("How to fix", _reflowed(check.fix))]
         if check.reports:
-            parts.append(_section("Seen in", _wrap(" ".join(map(_qualified, check.reports)))))
+            parts.append(_section("Seen in", _reflowed(" ".join(map(_qualified, check.reports)))))
     parts.append(_section("Run just this check", command))
     return "\n\n".join(parts)
 
@@ -165,6 +165,17 @@ def _qualified(report: str) -> str:
 
 def _section(title: str, body: str) -> str:
     return f"{title}\n{textwrap.indent(body, '  ')}"
+
+
+def _reflowed(text: str) -> str:
+    """Docstring paragraphs at this width, to be indented by two; code, which is indented, as it stands."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(
+        paragraph
+        if any(line.startswith(" ") for line in paragraph.splitlines())
+        else textwrap.fill(paragraph, WIDTH - 2, break_long_words=False, break_on_hyphens=False)
+        for paragraph in paragraphs
+    )
 
 
 def _wrap(text: str, indent: str = "") -> str:

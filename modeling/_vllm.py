@@ -165,7 +165,7 @@ def keep_imports_frozen() -> None:
     gc.collect()
     gc.freeze()
     gc.unfreeze = lambda: None
-    core.freeze_gc_heap = lambda: None
+    vars(core)["freeze_gc_heap"] = lambda: None
 
 
 def is_text_generation_model(model_class: type[nn.Module]) -> tuple[bool, str]:

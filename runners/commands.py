@@ -226,7 +226,7 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]]) ->
     errors = {s: (runs[spec.dtype][s].double() - runs[higher][s].double()).abs() for s in sequences}
     own = "its vLLM layers evaluated by plain PyTorch" if native else "run as plain PyTorch outside vLLM"
     return ReferenceRun(
-        description=spec.reference
+        description=f"independent: {spec.reference}"
         if spec.reference is not None
         else f"NOT INDEPENDENT: the target itself, {own}; a mistake in the model's own mathematics is on both sides",
         independent=independent,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -13,13 +14,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from genmodel.runners.evidence import Failure
-from genmodel.runners.leftovers import segments, sweep
+from genmodel.runners.leftovers import end_group, segments, sweep
 from genmodel.runners.protocol import Command
 
 IMPORT_DEADLINE = 240.0
@@ -33,6 +34,8 @@ class _Host:
     process: subprocess.Popen[bytes]
     connection: Connection
     log: Path
+    log_start: int = 0
+    """Where in the log the present command began."""
     ready: bool = False
     phase: str = "importing torch and vLLM"
 
@@ -75,6 +78,7 @@ class Pool:
         """Give the same command to several ranks; the ranks must be idle."""
         hosts = [self._ensure(rank) for rank in ranks]
         for host in hosts:
+            host.log_start = host.log.stat().st_size
             # A host that cannot even be written to is found dead by the job.
             with contextlib.suppress(OSError):
                 host.connection.send(command)
@@ -104,8 +108,7 @@ class Pool:
         host, self._hosts[rank] = self._hosts[rank], None
         if host is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(host.process.pid, signal.SIGKILL)
+        end_group(host.process.pid)
         host.process.wait()
         host.connection.close()
 
@@ -192,8 +195,8 @@ class Job:
             self._fail(rank, value)
 
     def _fail(self, rank: int, failure: Failure) -> None:
-        del self._waiting[rank]
-        self._results[rank] = Result(None, failure, {})
+        host = self._waiting.pop(rank)
+        self._results[rank] = Result(None, _with_log(failure, host), {})
         # In a collective the others may now wait for this rank for ever, or fail likewise any moment.
         if self._culprit is None:
             self._culprit = rank, time.monotonic()
@@ -208,7 +211,6 @@ class Job:
             rank=rank,
             phase=host.phase,
             message=f"host {rank} {how} while {host.phase}",
-            details=_tail(host.log),
         )
 
     def _give_up(self, deadline: float) -> None:
@@ -225,11 +227,25 @@ class Job:
                     rank=rank,
                     phase=host.phase,
                     message=late if self._culprit is None else f"ended because rank {self._culprit[0]} failed",
-                    details=_tail(host.log),
                 ),
             )
             self._pool.discard(rank)
 
 
-def _tail(log: Path, lines: int = 25) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+def _with_log(failure: Failure, host: _Host, lines: int = 25) -> Failure:
+    """The failure with the end of the host's log, and with the true cause if only a child process knew it."""
+    with host.log.open(errors="replace") as log:
+        log.seek(host.log_start)
+        written = [_PREFIX.sub("", line.rstrip()) for line in log]
+    if "initialization failed" in failure.message:
+        causes = [line for line in written if _CAUSE.match(line) and "initialization failed" not in line]
+        if causes:
+            failure = replace(failure, message=causes[0], details="")
+    if not failure.details and failure.kind in ("raised", "died", "timeout"):
+        failure = replace(failure, details="\n".join(written[-lines:]))
+    return failure
+
+
+_PREFIX = re.compile(r"^\([^)]* pid=\d+\)\s*(?:(?:ERROR|WARNING|INFO) [\d:. -]+ \[[^\]]*\] ?)?")
+"""What vLLM puts in front of its child processes' lines: "(Worker_TP0 pid=7) ERROR 11-20 05:14:14 [core.py:9] "."""
+_CAUSE = re.compile(r"[\w.]+(?:Error|Exception): ")

@@ -68,6 +68,7 @@ class Session:
     """
 
     def __init__(self, options: Collection[TargetOptions], progress: Callable[[str], None] = lambda line: None) -> None:
+        self._many = len(options) > 1
         self._size = max((max(o.tensor_parallel_sizes) for o in options), default=1)
         self._progress = progress
         self._pool: Pool | None = None
@@ -127,7 +128,8 @@ class Session:
         return self._targets[options]
 
     def _say(self, name: str, line: str) -> None:
-        self._progress(f"[{time.perf_counter() - self._begun:5.1f} s] {name}: {line}")
+        about = f"{name}: " if self._many else ""
+        self._progress(f"[{time.perf_counter() - self._begun:5.1f} s] {about}{line}")
 
 
 class _Target:

@@ -41,8 +41,8 @@ def signature(evidence: Evidence) -> Iterator[Measurement]:
     How to fix:
         vLLM calls these by keyword; a model need only name those it uses:
 
-            def embed_input_ids(self, input_ids): ...                  # or get_input_embeddings
-            def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None): ...
+            def embed_input_ids(self, input_ids): ...  # or get_input_embeddings
+            def forward(self, input_ids, positions, inputs_embeds=None): ...
             def compute_logits(self, hidden_states): ...
     Reports:
         #27583 #30469 #12038 vllm-ascend#3091
@@ -76,8 +76,10 @@ def forward(evidence: Evidence) -> Iterator[Measurement]:
         All requests arrive concatenated along one dimension, without padding; `positions` tells where
         each token is:
 
-            def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
-                x = self.embed_input_ids(input_ids)      # [tokens, hidden], as forward returns too
+            def forward(self, input_ids, positions):
+                x = self.embed_input_ids(input_ids)  # [tokens, hidden]
+                ...
+                return self.norm(x)  # [tokens, hidden], not logits
     Reports:
         #12038 vllm-ascend#3091
     """

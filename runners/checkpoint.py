@@ -84,7 +84,7 @@ def _adversarial(
     normal = torch.randn(shape, generator=generator)
     if len(shape) < 2:
         if name.endswith("bias"):
-            return 0.3 * normal
+            return 0.15 * normal
         centred_on_zero = initial is not None and initial.numel() > 0 and bool((initial == 0).all())
         return (0.0 if centred_on_zero else 1.0) + 0.5 * (2 * torch.rand(shape, generator=generator) - 1)
     if is_embedding(owner):

@@ -77,12 +77,16 @@ def _resolve(spec: str) -> Any:
         raise Unusable(str(error)) from None
 
 
-def introduce(state: State, spec: Spec, config: str | None) -> tuple[str, dict[str, Any], dict[str, str]]:
+def introduce(
+    state: State, spec: Spec, config: str | None, weights: str | None
+) -> tuple[str, dict[str, Any], dict[str, str]]:
     """Import the target and read its config: (kind of target, config, versions of everything)."""
     found = state.target(spec)
     if spec.reference is not None:
         _resolve(spec.reference)
-    return inspection.kind(found), _load_config(config), _environment()
+    own = None if weights is None else Path(weights) / "config.json"
+    source = str(own) if config is None and own is not None and own.is_file() else config
+    return inspection.kind(found), _load_config(source), _environment()
 
 
 def _environment() -> dict[str, str]:

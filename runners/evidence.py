@@ -110,7 +110,6 @@ class Trace:
     rank: int
     continuations: tuple[Continuation, ...]
     proof: Proof
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +130,6 @@ class ReferenceRun:
     logits: dict[tuple[int, ...], torch.Tensor]
     noise_max: dict[tuple[int, ...], torch.Tensor]
     noise_mean: dict[tuple[int, ...], torch.Tensor]
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +253,6 @@ class Gradients:
     """The same between two evaluation-mode runs under different seeds."""
     losses: tuple[float, ...]
     """Loss before each optimiser step on one batch, and after the last."""
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,6 +276,8 @@ class Evidence:
     """Everything known about one target; `traces` is keyed (scenario, tensor-parallel size), one trace per rank."""
 
     target: TargetInfo
+    requests: tuple[Request, ...] = ()
+    """The workload every engine was given."""
     inspection: Inspection | Failure | None = None
     gradients: Gradients | Failure | None = None
     reference: ReferenceRun | Failure | None = None

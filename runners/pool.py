@@ -182,7 +182,7 @@ class Job:
             self._fail(rank, self._death(rank, host))
             return
         if kind == "ready":
-            host.ready = True
+            host.ready, host.phase = True, "importing the target"
             self._pool.import_seconds = max(self._pool.import_seconds, value)
         elif kind == "phase":
             host.phase = value
@@ -217,16 +217,22 @@ class Job:
         for host in self._waiting.values():
             host.process.send_signal(signal.SIGUSR1)  # faulthandler writes every thread's stack to the log
         time.sleep(0.5)
-        for rank, host in list(self._waiting.items()):
-            late = f"host {rank} gave no answer within {deadline:.0f} s, while {host.phase}"
+        late = dict(self._waiting)
+        # Of several late ranks, those in a collective wait for the others: blame the others.
+        blamed = {rank for rank, host in late.items() if not _IN_COLLECTIVE.search(_written(host))} or set(late)
+        if self._culprit is not None:
+            blamed = set()
+        culprit = self._culprit[0] if self._culprit is not None else min(blamed)
+        for rank, host in late.items():
+            own = f"host {rank} gave no answer within {deadline:.0f} s, while {host.phase}"
             self._fail(
                 rank,
                 Failure(
-                    kind="timeout" if self._culprit is None else "abandoned",
+                    kind="timeout" if rank in blamed else "abandoned",
                     scenario=self._command.scenario,
                     rank=rank,
                     phase=host.phase,
-                    message=late if self._culprit is None else f"ended because rank {self._culprit[0]} failed",
+                    message=own if rank in blamed else f"ended because rank {culprit} failed",
                 ),
             )
             self._pool.discard(rank)
@@ -234,9 +240,7 @@ class Job:
 
 def _with_log(failure: Failure, host: _Host, lines: int = 25) -> Failure:
     """The failure with the end of the host's log, and with the true cause if only a child process knew it."""
-    with host.log.open(errors="replace") as log:
-        log.seek(host.log_start)
-        written = [_PREFIX.sub("", line.rstrip()) for line in log]
+    written = [_PREFIX.sub("", line) for line in _written(host).splitlines()]
     if "initialization failed" in failure.message:
         causes = [line for line in written if _CAUSE.match(line) and "initialization failed" not in line]
         if causes:
@@ -246,6 +250,15 @@ def _with_log(failure: Failure, host: _Host, lines: int = 25) -> Failure:
     return failure
 
 
+def _written(host: _Host) -> str:
+    """What the host has logged since the present command began."""
+    with host.log.open(errors="replace") as log:
+        log.seek(host.log_start)
+        return log.read()
+
+
+_IN_COLLECTIVE = re.compile(r"^Current thread .*\n(?:.*\n){0,5}.*/(?:torch|vllm)/distributed/", re.MULTILINE)
+"""faulthandler's stack of the main thread, which takes the signal, with a collective among its innermost calls."""
 _PREFIX = re.compile(r"^\([^)]* pid=\d+\)\s*(?:(?:ERROR|WARNING|INFO) [\d:. -]+ \[[^\]]*\] ?)?")
 """What vLLM puts in front of its child processes' lines: "(Worker_TP0 pid=7) ERROR 11-20 05:14:14 [core.py:9] "."""
 _CAUSE = re.compile(r"[\w.]+(?:Error|Exception): ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import socket
@@ -37,9 +38,9 @@ class UnusableTarget(Exception):
     """The target or its options cannot be used; the message is one line that says what would be right."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TargetOptions:
-    """What an author asks for; fields are the `--genmodel-*` options of the same name."""
+    """What an author asks for, compared by identity; fields are the `--genmodel-*` options of the same name."""
 
     spec: str
     config: str | None = None
@@ -62,13 +63,20 @@ class Session:
     Args:
         options: the targets; the largest tensor-parallel size among them is the number of hosts.
         progress: called with one line whenever something slow begins.
+        deadline: seconds any one command to a host may take.
 
     Raises:
         UnusableTarget: (from any method) for a user's mistake, such as a missing vLLM.
     """
 
-    def __init__(self, options: Collection[TargetOptions], progress: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self,
+        options: Collection[TargetOptions],
+        progress: Callable[[str], None] = lambda line: None,
+        deadline: float = DEADLINE,
+    ) -> None:
         self._many = len(options) > 1
+        self._deadline = deadline
         self._size = max((max(o.tensor_parallel_sizes) for o in options), default=1)
         self._progress = progress
         self._pool: Pool | None = None
@@ -77,12 +85,20 @@ class Session:
         self._begun = time.perf_counter()
 
     def start(self) -> None:
-        """Start importing in the hosts and return at once.
+        """Start importing in the hosts and return at once; does nothing if they run.
 
         Raises:
             UnusableTarget: if a tensor-parallel size is larger than the machine has devices for.
         """
+        if self._pool is not None:
+            return
         cores = len(os.sched_getaffinity(0))
+        devices, name = devices_for_ranks()
+        if self._size > devices:
+            raise UnusableTarget(
+                f"tensor-parallel size {self._size} needs as many devices, and there are {devices} {name}: "
+                f"--genmodel-tp takes sizes up to {devices}"
+            )
         threads = str(max(1, cores // self._size))
         self._pool = Pool(self._size, {**HOST_ENVIRONMENT, "OMP_NUM_THREADS": threads})
         self._pool.start()
@@ -117,13 +133,12 @@ class Session:
         self.close()
 
     def _target(self, options: TargetOptions) -> _Target:
-        if self._pool is None:
-            self.start()
+        self.start()
         assert self._pool is not None
         if options not in self._targets:
             self._count += 1
             self._targets[options] = _Target(
-                self._pool, options, self._count, lambda line: self._say(options.spec, line)
+                self._pool, options, self._count, self._deadline, lambda line: self._say(options.spec, line)
             )
         return self._targets[options]
 
@@ -135,7 +150,10 @@ class Session:
 class _Target:
     """One target in a session: its checkpoint, and the evidence so far."""
 
-    def __init__(self, pool: Pool, options: TargetOptions, number: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, pool: Pool, options: TargetOptions, number: int, deadline: float, say: Callable[[str], None]
+    ) -> None:
+        self._deadline = deadline
         self._pool = pool
         self._options = options
         self._say = say
@@ -154,7 +172,10 @@ class _Target:
             reference=options.reference,
         )
         say("importing torch, vLLM and the target")
-        _, self._config, environment = self._ask("introduce", "import", usable=True, config=options.config)
+        self._weights = None if options.weights is None else str(options.weights.resolve())
+        _, self._config, environment = self._ask(
+            "introduce", "import", usable=True, config=options.config, weights=self._weights
+        )
         self.evidence = Evidence(
             target=TargetInfo(
                 name=options.spec,
@@ -166,7 +187,8 @@ class _Target:
                 weights=f"seeded adversarial weights (seed {options.seed})"
                 if options.weights is None
                 else str(options.weights),
-                config=options.config or "genmodel's tiny default",
+                config=options.config
+                or ("genmodel's tiny default" if options.weights is None else "beside the weights"),
             ),
             seconds=self._seconds,
             environment=environment,
@@ -187,14 +209,14 @@ class _Target:
             return
         assert inspection is not None
         drafted = plan(inspection, self._options.seed)
+        self.evidence.requests = drafted.requests
         self._run(inspection, drafted, wanted)
         if "reference" in self._done and wanted & {"reference", "deployed", *ENGINE_SCENARIOS}:
             self._refer(drafted)
 
     def _inspect(self) -> None:
         self._say("building and inspecting the model, making its checkpoint")
-        weights = None if self._options.weights is None else str(self._options.weights.resolve())
-        self.evidence.inspection = self._ask("prepare", "inspection", config=self._config, weights=weights)
+        self.evidence.inspection = self._ask("prepare", "inspection", config=self._config, weights=self._weights)
 
     def _blame(self, failure: Failure, scenarios: set[str]) -> None:
         """Every scenario of a model that does not build fails for that reason."""
@@ -288,7 +310,7 @@ class _Target:
         return failure
 
     def _wait(self, job: Job, what: str) -> dict[int, Result]:
-        results = job.wait(DEADLINE)
+        results = job.wait(self._deadline)
         for result in results.values():
             for phase, seconds in result.seconds.items():
                 self._spent(f"{what}: {phase}", seconds)
@@ -296,6 +318,22 @@ class _Target:
 
     def _spent(self, phase: str, seconds: float) -> None:
         self._seconds[phase] = max(seconds, self._seconds.get(phase, 0.0))
+
+
+def devices_for_ranks() -> tuple[int, str]:
+    """How many ranks this machine can hold, and of what; asks no driver.
+
+    CUDA devices where the CUDA build of vLLM is installed, else CPU cores; two ranks fit on one core.
+    """
+    if any(distribution.name.lower() == "vllm" for distribution in importlib.metadata.distributions(name="vllm")):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        found = (
+            len(list(Path("/dev").glob("nvidia[0-9]*")))
+            if visible is None
+            else len([*filter(None, visible.split(","))])
+        )
+        return found, "CUDA devices"
+    return max(2, len(os.sched_getaffinity(0))), "CPU cores"
 
 
 def _first_failure(results: Mapping[int, Result]) -> Failure | None:

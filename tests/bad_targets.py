@@ -61,7 +61,12 @@ def three_heads(vllm_config: Any, parallel_context: ParallelContext) -> nn.Modul
 
 def no_prefix(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
     model = dense.factory(vllm_config, parallel_context)
-    for module in model.modules():
-        if isinstance(module, TrainableAttention):
-            module.prefix = ""
+    old = model.layers[0].attn.attn
+    model.layers[0].attn.attn = TrainableAttention(old.num_heads, old.head_dim, old.num_kv_heads)
     return model
+
+
+def other_epsilon(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
+    """Right but for the norms' epsilon."""
+    config = dense.Config.from_hf(vllm_config.model_config.hf_config)
+    return dense.Dense(dataclasses.replace(config, rms_norm_eps=1e-3), parallel_context)

@@ -103,6 +103,7 @@ def clean(
             weights="seeded adversarial weights (seed 0)",
             config="genmodel's tiny default",
         ),
+        requests=tuple(t.request for t in exact),
         inspection=_inspection(vocabulary),
         gradients=_gradients(),
         reference=ReferenceRun(
@@ -340,6 +341,7 @@ FAILING: Mapping[str, Mapping[str, Corruption]] = {
         "NaN": lambda e: change_scores(e, spoiled(float("nan")), requests=("one_token",)),
         "infinite": lambda e: change_scores(e, spoiled(float("inf")), sizes=(2,)),
         "short": lambda e: change_scores(e, shortened, phases=(Phase.DECODE,)),
+        "one request less": lambda e: change_traces(e, lambda t: replace(t, continuations=t.continuations[1:])),
         "no request": lambda e: change_traces(e, lambda t: replace(t, continuations=())),
         "token twice": lambda e: change_scores(e, lambda s: replace(s, ids=torch.zeros_like(s.ids))),
         "reference NaN": lambda e: scale_reference(e, torch.nan),

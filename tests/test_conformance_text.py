@@ -51,7 +51,9 @@ def test_a_failure_tells_claim_numbers_causes_fix_and_command() -> None:
         "Run just this check",
     ]
     assert sorted(order, key=told.index) == order
-    assert "TP=2 first token: mean |logit difference|: 0.001 where 8.3e-06 is allowed, 120 times its limit" in " ".join(told.split())
+    assert "TP=2 first token: mean |logit difference|: 0.001 where 8.3e-06 is allowed, 120 times its limit" in " ".join(
+        told.split()
+    )
     assert "vllm-project/vllm#52158" in told
     assert "6 of 12 measurements hold, the closest at" in told
     assert told.endswith("  pytest this")

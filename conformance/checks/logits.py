@@ -29,6 +29,10 @@ def complete(evidence: Evidence) -> Iterator[Measurement]:
     """
     known = reference(evidence)
     yield agreement.usable_reference(known)
+    for size in every_size(evidence, "plain"):
+        answered = {c.request.name for c in rank_zero(evidence, "plain", size).continuations}
+        lost = [request.name for request in evidence.requests if request.name not in answered]
+        yield violations("requests without an answer", lost, row(size))
     for aligned in _plain(evidence, *Phase):
         yield from agreement.usable(aligned)
 

@@ -1,0 +1,184 @@
+"""Weights that hide nothing, prompts that reach everything, and what is said of weights that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from genmodel import ParallelContext, TrainableAttention
+from genmodel.reference_models import dense, gpt
+from genmodel.runners import checkpoint, standalone
+from genmodel.runners.workload import GENERATED, shared_workload
+
+SEEDS = (0, 1, 2)
+PROMPTS = [torch.tensor(request.prompt) for request in shared_workload(331, 256, 0)]
+Mutation = Callable[[nn.Module], None]
+
+
+def adversarial(module: Any, seed: int) -> standalone.Standalone:
+    """A reference model with the weights a target without weights gets."""
+    hf_config = SimpleNamespace(**checkpoint.TINY_CONFIG)
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
+    model = module.factory(vllm_config, ParallelContext()).eval()
+    built = standalone.Standalone(model, False, vllm_config)
+    standalone.load(built, checkpoint.adversarial_weights(model, standalone.checkpoint_shapes(model), seed))
+    return built
+
+
+@torch.no_grad()
+def logits(built: standalone.Standalone) -> Tensor:
+    return torch.cat([built.logits(prompt) for prompt in PROMPTS])
+
+
+def without_attention(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, TrainableAttention):
+            module.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+
+
+def heads_alike(model: nn.Module) -> None:
+    """Every query head becomes a copy of the first."""
+    for module in model.modules():
+        if hasattr(module, "qkv"):
+            width = module.attn.head_dim
+            rows = module.qkv.weight.data[:width].repeat(module.attn.num_heads, 1)
+            module.qkv.weight.data[: len(rows)] = rows
+
+
+def fresh_norms(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.data.fill_(1.0)
+
+
+def no_biases(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.zero_()
+
+
+def positions_swapped(model: nn.Module) -> None:
+    forward = model.forward
+    model.forward = lambda input_ids, positions: forward(input_ids, positions.flip(0))
+
+
+CASES = [
+    (dense, without_attention),
+    (dense, heads_alike),
+    (dense, fresh_norms),
+    (dense, positions_swapped),
+    (gpt, without_attention),
+    (gpt, heads_alike),
+    (gpt, fresh_norms),
+    (gpt, no_biases),
+    (gpt, positions_swapped),
+]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("module", "mutation"), CASES, ids=lambda x: x.__name__.rpartition(".")[2])
+def test_everything_matters(module: Any, mutation: Mutation, seed: int) -> None:
+    """Without any one part, hardly any position keeps its top ten."""
+    right = logits(adversarial(module, seed))
+    built = adversarial(module, seed)
+    mutation(built.model)
+    wrong = logits(built)
+    kept = (right.topk(10).indices == wrong.topk(10).indices).all(-1).float().mean()
+    assert kept < 0.05
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("module", [dense, gpt], ids=["dense", "gpt"])
+def test_logits_have_a_real_spread(module: Any, seed: int) -> None:
+    """The best token stands out, and not always the same one does."""
+    scores = logits(adversarial(module, seed))
+    assert 2.0 < scores.std() < 5.0
+    assert len(scores.argmax(-1).unique()) > 331 / 10
+
+
+def test_weights_are_the_seed_s_and_the_name_s() -> None:
+    """The same again for the same seed; a parameter more or less changes no other."""
+    model = adversarial(dense, 0).model
+    shapes = standalone.checkpoint_shapes(model)
+    first = checkpoint.adversarial_weights(model, shapes, 5)
+    fewer = checkpoint.adversarial_weights(model, dict([*shapes.items()][3:]), 5)
+    other = checkpoint.adversarial_weights(model, shapes, 6)
+    assert all(torch.equal(first[name], fewer[name]) for name in fewer)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_tied_and_padded_parameters_appear_as_in_a_checkpoint() -> None:
+    """A tied head is not saved twice; shapes are those of the whole model."""
+    shapes = standalone.checkpoint_shapes(adversarial(gpt, 0).model)
+    assert [name for name, shape in shapes.items() if shape == (331, 128)] == ["embed_tokens.weight"]
+
+
+def test_a_weight_centred_on_zero_stays_there() -> None:
+    """Norms that scale by 1 + weight begin at zero, others at one."""
+    model = nn.ModuleDict({"a": nn.LayerNorm(500), "b": nn.LayerNorm(500)})
+    nn.init.zeros_(model["b"].weight)
+    made = checkpoint.adversarial_weights(model, {"a.weight": (500,), "b.weight": (500,), "a.bias": (500,)}, 0)
+    assert made["a.weight"].mean() == pytest.approx(1.0, abs=0.1)
+    assert made["b.weight"].mean() == pytest.approx(0.0, abs=0.1)
+    assert made["a.bias"].abs().mean() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (None, "no *.safetensors file"),
+        ({"w": torch.tensor([1.0, float("nan")])}, "NaN or infinity in w"),
+        ({"w": torch.tensor([1.0, float("inf")]), "v": torch.ones(1)}, "NaN or infinity in w"),
+    ],
+)
+def test_unusable_weights_are_refused(tmp_path: Path, tensors: dict[str, Tensor] | None, message: str) -> None:
+    if tensors is not None:
+        save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message.replace("*", r"\*")) as caught:
+        checkpoint.read_weights(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_config_names_the_architecture(tmp_path: Path) -> None:
+    checkpoint.write_config(tmp_path, {"architectures": ["Theirs"], "auto_map": {}, "n_embd": 3}, "Ours", "float32")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written == {"model_type": "genmodel", "architectures": ["Ours"], "n_embd": 3, "torch_dtype": "float32"}
+
+
+@settings(deadline=None, max_examples=60)
+@given(vocab=st.integers(2, 200_000), length=st.integers(GENERATED + 2, 4096), seed=st.integers(0, 2**31))
+def test_every_workload_fits(vocab: int, length: int, seed: int) -> None:
+    """Whatever the model's size, every request fits it and has tokens it knows."""
+    requests = shared_workload(vocab, length, seed)
+    assert len({request.name for request in requests}) == len(requests) >= 9
+    for request in requests:
+        assert 1 <= len(request.prompt) <= length - request.max_tokens
+        assert all(0 <= token < vocab for token in request.prompt)
+
+
+def test_the_workload_reaches_what_it_is_for() -> None:
+    """One token, two tokens, a block crossed while decoding, a long shared prefix, the longest there can be."""
+    prompts = {request.name: request.prompt for request in shared_workload(331, 256, 0)}
+    assert len(prompts["one_token"]) == 1
+    assert len(prompts["two_tokens"]) == 2
+    assert len(prompts["block_crossing"]) < 32 < len(prompts["block_crossing"]) + GENERATED
+    assert len(prompts["longest"]) + GENERATED == 256
+    shared = [a == b for a, b in zip(prompts["long_prefix_a"], prompts["long_prefix_b"], strict=False)].index(False)
+    assert shared >= 64
+    assert {0, 330} <= set(prompts["vocabulary_edges"])
+    assert sum(request.temperature > 0 for request in shared_workload(331, 256, 0)) == 1
+
+
+def test_a_model_too_short_to_generate_is_refused() -> None:
+    with pytest.raises(ValueError, match="leaves no room"):
+        shared_workload(331, GENERATED, 0)

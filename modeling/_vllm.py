@@ -235,6 +235,8 @@ def start_engine(model_dir: str, **options: Any) -> Any:
     """
     from vllm import LLM
 
+    if options.get("distributed_executor_backend") == "external_launcher":
+        _leave_shared_memory_alone()
     return LLM(
         model=model_dir,
         skip_tokenizer_init=True,
@@ -243,6 +245,18 @@ def start_engine(model_dir: str, **options: Any) -> Any:
         disable_log_stats=False,
         **options,
     )
+
+
+def _leave_shared_memory_alone() -> None:
+    """Let ranks in hosts on CPU reduce through torch.distributed, vLLM's own fallback, rather than shared memory.
+
+    vLLM names the memory after the rendezvous, and that is `env://` for every engine in hosts: two
+    sessions on one machine get in each other's way ("create shm in SHMManager failed. errno: 17"), what
+    a killed host leaves behind stops all later ones, and nothing is freed before the process ends.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False  # type: ignore[method-assign]
 
 
 def stop_engine(llm: Any) -> None:

@@ -124,7 +124,9 @@ def prepare(state: State, spec: Spec, config: dict[str, Any], weights: str | Non
             for path in source.glob("*.safetensors"):
                 (directory / path.name).symlink_to(path.resolve())
         else:
-            checkpoint.save_weights(directory, _make_weights(state, spec))
+            # In the tested dtype, so that the higher-precision reference has the very same weights.
+            made = {name: tensor.to(DTYPES[spec.dtype]) for name, tensor in _make_weights(state, spec).items()}
+            checkpoint.save_weights(directory, made)
     return found
 
 

@@ -72,6 +72,10 @@ class Continuation:
     """Positions P-1 .. P+G-2: one row per generated token; row 0 is the end of prefill, the rest decode."""
     cached_tokens: int = 0
     """Prompt tokens vLLM took from its prefix cache."""
+    steps: tuple[int, ...] = ()
+    """Tokens computed for this request in each scheduler step it took part in; empty if nobody could watch."""
+    resumed_at: tuple[int, ...] = ()
+    """Indices into `steps` at which the request came back after a preemption, its cache recomputed."""
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -109,6 +113,8 @@ class Trace:
     tensor_parallel_size: int
     rank: int
     continuations: tuple[Continuation, ...]
+    weights: str = "initial"
+    """Which weights the model held: "initial", or "refit" after they were changed in the running engine."""
     proof: Proof
 
 
@@ -256,6 +262,52 @@ class Gradients:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CodedTensor:
+    """One checkpoint tensor in which every element is a number of its own: `first_code` + its flat index.
+
+    Codes are unique over the whole checkpoint and exact in float32, so that after loading each local
+    element tells where it came from. Codes begin at 1; 0 is padding.
+    """
+
+    shape: tuple[int, ...]
+    first_code: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightAudit:
+    """What one rank of an engine holds after loading the coded checkpoint into a poisoned model."""
+
+    tensor_parallel_size: int
+    rank: int
+    codes: dict[str, torch.Tensor]
+    """int64, of the local shape, by parameter (and persistent buffer) name; -1 where a value is no code."""
+    unloaded: tuple[str, ...]
+    """Parameters in which the poison (NaN) is still there, with how many elements."""
+    tied: tuple[tuple[str, ...], ...]
+    """Groups of parameter names that share memory."""
+    unknown_refused: str | None
+    """What `load_weights` raised for a tensor the model does not have; None if it took it silently."""
+    missing_refused: str | None
+    """What loading raised for a checkpoint without one of the tensors; None if nobody noticed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankGradients:
+    """Gradients of one rank of a standalone process group, in float64, and where its elements belong.
+
+    At size 1 there is no group, and `codes` and `gradients` are those of the full model.
+    """
+
+    tensor_parallel_size: int
+    rank: int
+    loss: float
+    codes: dict[str, torch.Tensor]
+    """int64, of the local shape: see WeightAudit."""
+    gradients: dict[str, torch.Tensor | None]
+    """float64, of the local shape; None where backward left none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TargetInfo:
     """What `--genmodel` named, as reports call it, and how it was run."""
 
@@ -281,6 +333,13 @@ class Evidence:
     inspection: Inspection | Failure | None = None
     gradients: Gradients | Failure | None = None
     reference: ReferenceRun | Failure | None = None
+    references: dict[tuple[str, str], ReferenceRun | Failure] = field(default_factory=dict)
+    """The same for other weights or dtypes, keyed (`Trace.weights`, `Proof.dtype`)."""
+    coded_checkpoint: dict[str, CodedTensor] = field(default_factory=dict)
+    weights: dict[int, tuple[WeightAudit, ...] | Failure] = field(default_factory=dict)
+    """By tensor-parallel size, one audit per rank."""
+    parallel_gradients: dict[int, tuple[RankGradients, ...] | Failure] = field(default_factory=dict)
+    """By tensor-parallel size, 1 always among them; one per rank."""
     traces: dict[tuple[str, int], tuple[Trace, ...] | Failure] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds by phase: import, prepare, engine start, generate, reference, gradients, tear-down."""

@@ -11,6 +11,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -274,8 +275,10 @@ def leave_world() -> None:
     parallel_state.destroy_distributed_environment()
 
 
-def generate(llm: Any, prompts: list[dict[str, Any]]) -> list[Any]:
+def generate(llm: Any, prompts: list[dict[str, Any]], stagger: int = 0) -> list[Any]:
     """Run requests together; each is {"tokens", "max_tokens", "temperature", "seed", "candidates", "score_prompt"}.
+
+    With `stagger` they arrive that many scheduler steps apart instead of all at once.
 
     Returns vLLM's RequestOutputs in order, with flat logprobs holding raw logits.
     """
@@ -295,20 +298,66 @@ def generate(llm: Any, prompts: list[dict[str, Any]]) -> list[Any]:
         for p in prompts
     ]
     tokens = [{"prompt_token_ids": list(p["tokens"])} for p in prompts]
+    if stagger:
+        return _arriving(llm.llm_engine, tokens, parameters, stagger)
     outputs: list[Any] = llm.generate(tokens, parameters, use_tqdm=False)
     return outputs
 
 
+def _arriving(engine: Any, tokens: list[Any], parameters: list[Any], stagger: int) -> list[Any]:
+    from vllm.sampling_params import RequestOutputKind
+
+    finished: dict[str, Any] = {}
+    waiting = [(f"arriving-{i}", *pair) for i, pair in enumerate(zip(tokens, parameters, strict=True))]
+    order = [name for name, *_ in waiting]
+    steps = 0
+    while waiting or engine.has_unfinished_requests():
+        if waiting and steps % stagger == 0:
+            name, prompt, sampling = waiting.pop(0)
+            sampling.output_kind = RequestOutputKind.FINAL_ONLY
+            engine.add_request(name, prompt, sampling)
+        finished |= {output.request_id: output for output in engine.step() if output.finished}
+        steps += 1
+    return [finished[name] for name in order]
+
+
+def reload_weights(llm: Any, directory: str) -> None:
+    """Load a checkpoint into the running model, in process, and drop the prefix cache of the old weights.
+
+    As RL trainers do it: by the model's own `load_weights`, or by vLLM's reload where its layers keep
+    derived copies (packed weights on CPU, quantised ones) that `load_weights` alone would leave behind.
+    """
+    from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
+
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    model = worker.get_model()
+    if any(hasattr(module, "quant_method") for module in model.modules()):
+        worker.reload_weights(weights_path=directory)
+    else:
+        files = sorted(str(path) for path in Path(directory).glob("*.safetensors"))
+        model.load_weights(safetensors_weights_iterator(files, False))
+    llm.reset_prefix_cache()
+
+
 @contextlib.contextmanager
 def observe_schedule(llm: Any) -> Iterator[list[dict[str, int]]]:
-    """Collect, for each scheduler step of an in-process engine, {request id: tokens computed}."""
+    """Collect, for each scheduler step of an in-process engine, {request id: tokens computed}.
+
+    The ids are those of the RequestOutputs; newer vLLMs' own have a random suffix.
+    """
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     schedule, steps = scheduler.schedule, []
 
     def observed(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens:
-            steps.append(dict(output.num_scheduled_tokens))
+            known = llm.llm_engine.output_processor.request_states
+            steps.append(
+                {
+                    getattr(known.get(inner), "external_req_id", inner): count
+                    for inner, count in output.num_scheduled_tokens.items()
+                }
+            )
         return output
 
     scheduler.schedule = observed
@@ -344,5 +393,6 @@ def engine_facts(llm: Any) -> dict[str, Any]:
         "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
         "executor": str(config.parallel_config.distributed_executor_backend),
         "block_size": config.cache_config.block_size,
+        "eager": config.model_config.enforce_eager,
         "workers": llm.collective_rpc(worker_report),
     }

@@ -109,6 +109,23 @@ def save_weights(directory: Path, weights: Mapping[str, torch.Tensor]) -> None:
     )
 
 
+def save_refit_weights(directory: Path, seed: int) -> None:
+    """Write `refit/`, the same checkpoint with every tensor moved by a good part of its own size."""
+    other = directory / "refit"
+    other.mkdir(exist_ok=True)
+    moved = {}
+    for name, tensor in read_weights(directory).items():
+        if not tensor.is_floating_point():
+            moved[name] = tensor
+            continue
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()) + 1)
+        wide = tensor.float()
+        size = wide.square().mean().sqrt()
+        moved[name] = (wide + 0.3 * size * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+    save_weights(other, moved)
+    (other / "config.json").write_text((directory / "config.json").read_text())
+
+
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
     """Every tensor of every safetensors file in the directory, on the CPU, by name.
 

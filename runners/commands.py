@@ -19,7 +19,7 @@ from genmodel.modeling.wrapper import InterfaceError
 from genmodel.runners import checkpoint, engine, gradients, inspection, standalone
 from genmodel.runners.evidence import Gradients, Inspection, ReferenceRun, Trace
 from genmodel.runners.protocol import Spec, Unusable
-from genmodel.runners.scenarios import ENGINE_SCENARIOS, IN_PROCESS_OPTIONS, Plan
+from genmodel.runners.scenarios import DEPLOYED, ENGINE_SCENARIOS, IN_PROCESS_OPTIONS, Plan
 
 _vllm.keep_imports_frozen()
 
@@ -32,6 +32,8 @@ class State:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.phase: Any = None
+        self.weights = "initial"
+        """Which weights the running engine's model holds."""
         self._targets: dict[str, Any] = {}
         self._engine: Any = None
 
@@ -51,8 +53,14 @@ class State:
         """Start an engine that `stop_engine` or `recover` will end."""
         self.register(spec)
         with self.phase("starting the engine"):
-            self._engine = _vllm.start_engine(spec.directory, dtype=spec.dtype, seed=spec.seed, **options)
+            self._engine = _vllm.start_engine(spec.directory, **{"dtype": spec.dtype, "seed": spec.seed, **options})
+        self.weights = "initial"
         return self._engine
+
+    def refit(self, spec: Spec, weights: str) -> None:
+        """Change the weights of the running engine as an RL trainer does, and drop what was cached under the old."""
+        _vllm.reload_weights(self._engine, str(_weights_of(spec, weights)))
+        self.weights = weights
 
     def stop_engine(self) -> None:
         """End the engine, if one runs."""
@@ -127,6 +135,7 @@ def prepare(state: State, spec: Spec, config: dict[str, Any], weights: str | Non
             # In the tested dtype, so that the higher-precision reference has the very same weights.
             made = {name: tensor.to(DTYPES[spec.dtype]) for name, tensor in _make_weights(state, spec).items()}
             checkpoint.save_weights(directory, made)
+        checkpoint.save_refit_weights(directory, spec.seed)
     return found
 
 
@@ -158,8 +167,8 @@ def gradients_of(state: State, spec: Spec) -> Gradients:
 
 def generate(
     state: State, spec: Spec, plan: Plan, tensor_parallel_size: int, scenarios: Sequence[str], rendezvous_port: int
-) -> list[Trace]:
-    """Run scenarios through in-process engines, or through this rank of them."""
+) -> dict[str, list[Trace]]:
+    """Run scenarios through in-process engines, or through this rank of them; traces by scenario, one per pass."""
     collective = tensor_parallel_size > 1
     os.environ.update(
         RANK=str(state.rank if collective else 0),
@@ -169,36 +178,25 @@ def generate(
         MASTER_PORT=str(rendezvous_port),
     )
     launcher = {"distributed_executor_backend": "external_launcher"} if collective else {}
-    traces = []
-    llm, options = None, None
+    common = {"max_model_len": plan.max_model_len, "kv_cache_memory_bytes": plan.kv_cache_bytes}
+    traces: dict[str, list[Trace]] = {}
+    llm, running = None, None
     for scenario in (ENGINE_SCENARIOS[name] for name in scenarios):
-        if options != {**IN_PROCESS_OPTIONS, **scenario.options}:
+        options = {**IN_PROCESS_OPTIONS, **common, **launcher, **scenario.options(plan)}
+        if options != running:
             state.stop_engine()
-            options = {**IN_PROCESS_OPTIONS, **scenario.options}
-            llm = state.start_engine(
-                spec,
-                tensor_parallel_size=tensor_parallel_size,
-                max_model_len=plan.max_model_len,
-                kv_cache_memory_bytes=plan.kv_cache_bytes,
-                **launcher,
-                **options,
-            )
-        with state.phase(f"generating ({scenario.name})"):
-            traces.append(
-                engine.trace(
-                    llm,
-                    scenario.batches(plan.requests),
-                    scenario=scenario.name,
-                    rank=state.rank,
-                    vocab_size=plan.vocab_size,
-                    score_prompt=scenario.score_prompt,
-                )
-            )
+            llm, running = state.start_engine(spec, tensor_parallel_size=tensor_parallel_size, **options), options
+        traces[scenario.name] = []
+        for through in scenario.passes:
+            with state.phase(f"generating ({through.name})"):
+                if through.weights:
+                    state.refit(spec, through.weights)
+                traces[scenario.name].append(engine.trace(llm, through, plan, rank=state.rank, weights=state.weights))
     state.stop_engine()
     return traces
 
 
-def deploy(state: State, spec: Spec, plan: Plan, tensor_parallel_size: int) -> list[Trace]:
+def deploy(state: State, spec: Spec, plan: Plan, tensor_parallel_size: int) -> dict[str, list[Trace]]:
     """What users deploy: `LLM(model, tensor_parallel_size=N)` with the default executor and spawned workers."""
     changes: dict[str, str | None] = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     with engine.environment({**changes, **engine.DEPLOYED_ENVIRONMENT}):
@@ -206,42 +204,45 @@ def deploy(state: State, spec: Spec, plan: Plan, tensor_parallel_size: int) -> l
             spec, tensor_parallel_size=tensor_parallel_size, kv_cache_memory_bytes=plan.deployed_kv_cache_bytes
         )
         with state.phase("generating (deployed)"):
-            found = engine.trace(
-                llm, [plan.requests], scenario="deployed", rank=0, vocab_size=plan.vocab_size, in_process=False
-            )
+            found = engine.trace(llm, DEPLOYED, plan, rank=0, in_process=False)
         state.stop_engine()
-    return [found]
+    return {DEPLOYED.name: [found]}
 
 
-def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]]) -> ReferenceRun:
+def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], weights: str, dtype: str) -> ReferenceRun:
     """Teacher-force the reference on token sequences, in the tested dtype and in a higher precision."""
     independent = spec.reference is not None
     target = _resolve(spec.reference) if spec.reference is not None else state.target(spec)
     state.register(spec)
-    weights = checkpoint.read_weights(Path(spec.directory))
-    higher = "float64" if spec.dtype == "float32" else "float32"
+    rounded = {name: t.to(DTYPES[dtype]) for name, t in checkpoint.read_weights(_weights_of(spec, weights)).items()}
+    higher = "float64" if dtype == "float32" else "float32"
     runs: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
     native = False
     with state.phase("running the reference"):
-        for dtype in (spec.dtype, higher):
+        for precision in (dtype, higher):
             config = _vllm.model_config(spec.directory, "float32")
-            with standalone.build(target, config, DTYPES[dtype]) as built, torch.no_grad():
-                standalone.load(built, weights)
+            with standalone.build(target, config, DTYPES[precision]) as built, torch.no_grad():
+                standalone.load(built, rounded)
                 native = built.native
-                runs[dtype] = {s: built.logits(torch.tensor(s)) for s in sequences}
-    errors = {s: (runs[spec.dtype][s].double() - runs[higher][s].double()).abs() for s in sequences}
+                runs[precision] = {s: built.logits(torch.tensor(s)) for s in sequences}
+    errors = {s: (runs[dtype][s].double() - runs[higher][s].double()).abs() for s in sequences}
     own = "its vLLM layers evaluated by plain PyTorch" if native else "run as plain PyTorch outside vLLM"
     return ReferenceRun(
         description=f"independent: {spec.reference}"
         if spec.reference is not None
         else f"NOT INDEPENDENT: the target itself, {own}; a mistake in the model's own mathematics is on both sides",
         independent=independent,
-        dtype=spec.dtype,
+        dtype=dtype,
         higher_dtype=higher,
         logits={s: runs[higher][s].float() for s in sequences},
         noise_max={s: error.amax(-1).float() for s, error in errors.items()},
         noise_mean={s: error.mean(-1).float() for s, error in errors.items()},
     )
+
+
+def _weights_of(spec: Spec, weights: str) -> Path:
+    """The directory of "initial" or "refit" weights."""
+    return Path(spec.directory) if weights == "initial" else Path(spec.directory) / weights
 
 
 def _load_config(source: str | None) -> dict[str, Any]:

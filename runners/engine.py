@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from genmodel.modeling import _vllm
 from genmodel.runners.evidence import Continuation, Proof, Request, Scores, Trace
+from genmodel.runners.scenarios import Pass, Plan
 
 FULL_VOCABULARY = 4096
 """Up to this size every logit is kept; beyond it the best CANDIDATES of each position."""
@@ -29,37 +30,35 @@ def candidates(vocab_size: int) -> int:
 
 def trace(
     llm: Any,
-    batches: Sequence[Sequence[Request]],
+    through: Pass,
+    plan: Plan,
     *,
-    scenario: str,
     rank: int,
-    vocab_size: int,
+    weights: str = "initial",
     in_process: bool = True,
-    score_prompt: bool = True,
 ) -> Trace:
-    """Run batch after batch of requests and return what the engine scored.
+    """Put one pass's requests through an engine and return what it scored.
 
     Args:
         llm: a started engine.
-        batches: requests of one batch are submitted together.
-        scenario: the name the trace is kept under.
+        through: which requests, and how.
+        plan: what the model can take.
         rank: this process's tensor-parallel rank.
-        vocab_size: V.
+        weights: which weights the model holds.
         in_process: whether the scheduler lives in this process and can be observed.
-        score_prompt: also score the prompt's tokens; vLLM does not read its prefix cache then.
     """
     facts = _vllm.engine_facts(llm)
     continuations: list[Continuation] = []
     sizes: list[int] = []
-    for requests in batches:
+    for requests in through.batches(plan):
         prompts = [
             {
                 "tokens": r.prompt,
                 "max_tokens": r.max_tokens,
                 "temperature": r.temperature,
                 "seed": r.seed,
-                "candidates": candidates(vocab_size),
-                "score_prompt": score_prompt,
+                "candidates": candidates(plan.vocab_size),
+                "score_prompt": through.score_prompt,
             }
             for r in requests
         ]
@@ -67,15 +66,16 @@ def trace(
             _vllm.observe_schedule(llm) if in_process else contextlib.nullcontext([])
         )
         with observed as steps:
-            outputs = _vllm.generate(llm, prompts)
+            outputs = _vllm.generate(llm, prompts, through.stagger)
         sizes.append(max((len(step) for step in steps), default=0))
-        continuations += [_continuation(r, o) for r, o in zip(requests, outputs, strict=True)]
+        continuations += [_continuation(r, o, steps) for r, o in zip(requests, outputs, strict=True)]
     mine = facts["workers"][0]
     return Trace(
-        scenario=scenario,
+        scenario=through.name,
         tensor_parallel_size=facts["tensor_parallel_size"],
         rank=rank,
         continuations=tuple(continuations),
+        weights=weights,
         proof=Proof(
             world_size=facts["world_size"],
             tensor_parallel_size=facts["tensor_parallel_size"],
@@ -86,6 +86,7 @@ def trace(
             attention_backend=mine["backend"],
             dtype=mine["dtype"],
             executor=facts["executor"],
+            eager=facts["eager"],
             start_method=mine["start_method"],
             batch_sizes=tuple(sizes) if in_process else (),
             block_size=facts["block_size"],
@@ -93,7 +94,7 @@ def trace(
     )
 
 
-def _continuation(request: Request, output: Any) -> Continuation:
+def _continuation(request: Request, output: Any, schedule: list[dict[str, int]]) -> Continuation:
     prompt_length = len(request.prompt)
     completion = output.outputs[0]
     return Continuation(
@@ -102,6 +103,8 @@ def _continuation(request: Request, output: Any) -> Continuation:
         prompt_scores=_scores(output.prompt_logprobs, 0) if output.prompt_logprobs and prompt_length > 1 else None,
         step_scores=_scores(completion.logprobs, prompt_length - 1),
         cached_tokens=output.num_cached_tokens or 0,
+        steps=tuple(step[output.request_id] for step in schedule if output.request_id in step),
+        joined=next((i for i, step in enumerate(schedule) if output.request_id in step), 0),
     )
 
 

@@ -74,8 +74,28 @@ class Continuation:
     """Prompt tokens vLLM took from its prefix cache."""
     steps: tuple[int, ...] = ()
     """Tokens computed for this request in each scheduler step it took part in; empty if nobody could watch."""
-    resumed_at: tuple[int, ...] = ()
-    """Indices into `steps` at which the request came back after a preemption, its cache recomputed."""
+    joined: int = 0
+    """Scheduler steps that other requests had already run when this one was first scheduled."""
+
+    @property
+    def chunk_boundary(self) -> int | None:
+        """The first position of the prompt's second chunk; None if the prompt was computed in one step."""
+        if not self.steps or self.cached_tokens + self.steps[0] >= len(self.request.prompt):
+            return None
+        return self.cached_tokens + self.steps[0]
+
+    @property
+    def resumed_at(self) -> int | None:
+        """The first position scored after a preemption, whose cache had to be recomputed; None if there was none.
+
+        Once a prompt is computed every step computes one token, but for those that make up for lost cache.
+        """
+        computed, prompt = self.cached_tokens, len(self.request.prompt)
+        for step in self.steps:
+            if computed >= prompt and step > 1:
+                return computed
+            computed += step
+        return None
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -98,6 +118,8 @@ class Proof:
     attention_backend: str
     dtype: str
     executor: str
+    eager: bool
+    """False where vLLM compiles what it can (`enforce_eager=False`)."""
     start_method: str
     """"in-process" or the multiprocessing start method of the workers."""
     batch_sizes: tuple[int, ...]

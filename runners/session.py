@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -227,7 +227,8 @@ class _Target:
         for name in scenarios & {"deployed", *ENGINE_SCENARIOS}:
             for size in self._options.tensor_parallel_sizes:
                 if name != "deployed" or size == self._deployed_size:
-                    self.evidence.traces[name, size] = replace(failure, scenario=name)
+                    for key in _pass_names(name):
+                        self.evidence.traces[key, size] = replace(failure, scenario=name)
 
     @property
     def _deployed_size(self) -> int:
@@ -249,7 +250,7 @@ class _Target:
         if "deployed" in wanted and deployed is None:
             deployed = self._deploy(drafted, 0)
         if deployed is not None:
-            self._keep("deployed", self._deployed_size, self._wait(deployed, "deployed"), 0, deployed_unproven)
+            self._keep("deployed", self._deployed_size, self._wait(deployed, "deployed"), deployed_unproven)
         for size in sizes:
             if engines and size > 1:
                 self._generate(drafted, size, engines)
@@ -265,8 +266,8 @@ class _Target:
             rendezvous_port=_free_port(),
         )
         results = self._wait(self._pool.begin(command, range(size)), f"TP={size}")
-        for index, name in enumerate(names):
-            self._keep(name, size, results, index, ENGINE_SCENARIOS[name].unproven)
+        for name in names:
+            self._keep(name, size, results, ENGINE_SCENARIOS[name].unproven)
 
     def _deploy(self, drafted: Plan, rank: int) -> Job:
         size = self._deployed_size
@@ -274,27 +275,36 @@ class _Target:
         return self._pool.begin(self._command("deploy", "deployed", plan=drafted, tensor_parallel_size=size), [rank])
 
     def _keep(
-        self, name: str, size: int, results: Mapping[int, Result], index: int, unproven: Callable[[Trace], str]
+        self, name: str, size: int, results: Mapping[int, Result], unproven: Callable[[Sequence[Trace]], str]
     ) -> None:
-        """Keep every rank's trace of a scenario, or the one reason why there is none."""
+        """Keep every rank's traces of a scenario, by pass, or the one reason why there are none."""
         failure = _first_failure(results)
-        if failure is not None:
-            self.evidence.traces[name, size] = replace(failure, scenario=name)
-            return
-        traces = tuple(results[rank].value[index] for rank in sorted(results))
-        lacking = next((reason for trace in traces if (reason := unproven(trace))), "")
-        self.evidence.traces[name, size] = (
-            Failure(kind="proof", scenario=name, message=f"{name} at TP={size} did not take its path: {lacking}")
-            if lacking
-            else traces
-        )
+        if failure is None:
+            by_rank = [results[rank].value[name] for rank in sorted(results)]
+            lacking = next((reason for traces in by_rank if (reason := unproven(traces))), "")
+            if not lacking:
+                for traces in zip(*by_rank, strict=True):
+                    self.evidence.traces[traces[0].scenario, size] = traces
+                return
+            said = f"{name} at TP={size} did not take its path: {lacking}"
+            failure = Failure(kind="proof", scenario=name, message=said)
+        for key in _pass_names(name):
+            self.evidence.traces[key, size] = replace(failure, scenario=name)
 
     def _refer(self, drafted: Plan) -> None:
-        traces = [trace for found in self.evidence.traces.values() if not isinstance(found, Failure) for trace in found]
-        sequences = sorted({c.sequence for trace in traces for c in trace.continuations})
-        sequences = sequences or sorted({request.prompt for request in drafted.requests})
-        self._say(f"reference in {self._options.dtype} and in higher precision over {len(sequences)} sequences")
-        self.evidence.reference = self._ask("reference", "reference", sequences=sequences)
+        """Run the reference on what the engines generated: once for every pair of weights and dtype."""
+        wanted: dict[tuple[str, str], set[tuple[int, ...]]] = {("initial", self._options.dtype): set()}
+        for found in self.evidence.traces.values():
+            for trace in () if isinstance(found, Failure) else found:
+                sequences = wanted.setdefault((trace.weights, trace.proof.dtype), set())
+                sequences.update(c.sequence for c in trace.continuations)
+        for (weights, dtype), sequences in wanted.items():
+            chosen = sorted(sequences) or sorted({request.prompt for request in drafted.requests})
+            about = "" if weights == "initial" else f" with {weights} weights"
+            self._say(f"reference in {dtype} and in higher precision{about} over {len(chosen)} sequences")
+            found = self._ask("reference", "reference", sequences=chosen, weights=weights, dtype=dtype)
+            self.evidence.references[weights, dtype] = found
+        self.evidence.reference = self.evidence.references["initial", self._options.dtype]
 
     def _command(self, name: str, scenario: str, **arguments: Any) -> Command:
         return Command(name=name, scenario=scenario, arguments={"spec": self._spec, **arguments})
@@ -318,6 +328,12 @@ class _Target:
 
     def _spent(self, phase: str, seconds: float) -> None:
         self._seconds[phase] = max(seconds, self._seconds.get(phase, 0.0))
+
+
+def _pass_names(scenario: str) -> list[str]:
+    """The keys a scenario's traces are kept under."""
+    known = ENGINE_SCENARIOS.get(scenario)
+    return [scenario] if known is None else [through.name for through in known.passes]
 
 
 def devices_for_ranks() -> tuple[int, str]:

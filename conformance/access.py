@@ -43,6 +43,14 @@ def reference(evidence: Evidence) -> ReferenceRun:
     return _present(evidence.reference, "reference", REFERENCE)
 
 
+def reference_of(evidence: Evidence, trace: Trace) -> ReferenceRun:
+    """The reference for the weights and the dtype of this trace; raises NoEvidence."""
+    key = (trace.weights, trace.proof.dtype)
+    if key == ("initial", evidence.target.dtype):
+        return reference(evidence)
+    return _present(evidence.references.get(key), "reference", REFERENCE)
+
+
 def ranks(evidence: Evidence, scenario: str, size: int) -> tuple[Trace, ...]:
     """The traces of every rank of one engine, at least one; raises NoEvidence."""
     return _present(evidence.traces.get((scenario, size)) or None, scenario, row(size))

@@ -13,7 +13,7 @@ import torch
 
 from genmodel.conformance.access import NoEvidence
 from genmodel.conformance.verdict import REFERENCE, row
-from genmodel.runners.evidence import Continuation, ReferenceRun, Request, Scores, Trace
+from genmodel.runners.evidence import Continuation, ReferenceRun, Scores, Trace
 
 _BLOCK_ELEMENTS = 1 << 22  # logits looked at together: 16 MiB of float32, so that temporaries stay small
 
@@ -27,6 +27,12 @@ class Phase(StrEnum):
     """The prompt's last token, from which the first token is generated."""
     DECODE = "decode"
     """Generated tokens, one at a time against the KV cache."""
+    AFTER_CHUNK = "after a chunk boundary"
+    """The prompt's positions from its second chunk on, which attend to keys of an earlier step."""
+    AFTER_HIT = "after a cache hit"
+    """Generated tokens of requests that took part of their prompt from the prefix cache."""
+    AFTER_PREEMPTION = "after preemption"
+    """Tokens generated once a request's lost cache had been recomputed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +113,7 @@ def with_reference(reference: ReferenceRun, trace: Trace, phase: Phase) -> Align
     gaps: list[str] = [] if trace.continuations else ["every request"]
     for continuation in trace.continuations:
         scores = _scores(continuation, phase)
-        gaps += _gap(continuation.request, phase, scores)
+        gaps += _gap(continuation, phase, scores)
         if len(scores.ids):
             rows.append(_rows(reference, continuation, phase, scores))
     return Aligned(
@@ -139,7 +145,7 @@ def with_engine(reference: ReferenceRun, ours: Trace, theirs: Trace, phase: Phas
         if counterpart is None:
             continue
         scores = _scores(counterpart, phase)
-        gaps += _gap(counterpart.request, phase, scores)
+        gaps += _gap(counterpart, phase, scores)
         if continuation.request.name in own:
             shared = len(continuation.request.prompt) + common_length(continuation, counterpart)
             rows += _both_directions(own[continuation.request.name], scores, shared)
@@ -159,35 +165,39 @@ def gather(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return logits.gather(1, ids.clamp(0, vocabulary - 1)).where(inside, torch.nan)
 
 
-def _positions(request: Request, phase: Phase) -> range:
-    """The positions that a complete trace scores."""
+def _positions(continuation: Continuation, phase: Phase) -> range:
+    """The positions that a complete trace scores; empty for a phase that a request has no part in."""
+    request = continuation.request
     last = len(request.prompt) - 1
+    end = last + request.max_tokens
+    boundary, resumed = continuation.chunk_boundary, continuation.resumed_at
     return {
         Phase.PROMPT: range(last),
         Phase.FIRST: range(last, last + min(1, request.max_tokens)),
-        Phase.DECODE: range(last + 1, last + request.max_tokens),
+        Phase.DECODE: range(last + 1, end),
+        Phase.AFTER_CHUNK: range(last if boundary is None else min(boundary, last), last),
+        Phase.AFTER_HIT: range(last if continuation.cached_tokens else end, end),
+        Phase.AFTER_PREEMPTION: range(end if resumed is None else resumed, end),
     }[phase]
 
 
 def _scores(continuation: Continuation, phase: Phase) -> Scores:
     """The phase's part of what was scored, as far as it starts where it should and there are tokens for it."""
-    found = continuation.prompt_scores if phase is Phase.PROMPT else continuation.step_scores
-    wanted = _positions(continuation.request, phase)
-    start = 1 if phase is Phase.DECODE else 0
-    stop = {
-        Phase.PROMPT: len(continuation.request.prompt) - 1,
-        Phase.FIRST: 1,
-        Phase.DECODE: len(continuation.generated),
-    }[phase]
-    if found is None or found.first + start != wanted.start:
+    prompt = phase in (Phase.PROMPT, Phase.AFTER_CHUNK)
+    found = continuation.prompt_scores if prompt else continuation.step_scores
+    tokens = len(continuation.request.prompt) - 1 if prompt else len(continuation.generated)
+    origin = 0 if prompt else len(continuation.request.prompt) - 1
+    wanted = _positions(continuation, phase)
+    if found is None or found.first != origin:
         nothing = torch.empty(0, 1)
         return Scores(first=wanted.start, ids=nothing.long(), values=nothing)
-    return Scores(first=wanted.start, ids=found.ids[start:stop], values=found.values[start:stop])
+    part = slice(wanted.start - origin, min(wanted.stop - origin, tokens))
+    return Scores(first=wanted.start, ids=found.ids[part], values=found.values[part])
 
 
-def _gap(request: Request, phase: Phase, scores: Scores) -> list[str]:
-    wanted = len(_positions(request, phase))
-    return [] if len(scores.ids) == wanted else [f"{request.name}: {len(scores.ids)} of {wanted}"]
+def _gap(continuation: Continuation, phase: Phase, scores: Scores) -> list[str]:
+    wanted = len(_positions(continuation, phase))
+    return [] if len(scores.ids) == wanted else [f"{continuation.request.name}: {len(scores.ids)} of {wanted}"]
 
 
 def _rows(reference: ReferenceRun, continuation: Continuation, phase: Phase, scores: Scores) -> Rows:
@@ -213,7 +223,7 @@ def _rows(reference: ReferenceRun, continuation: Continuation, phase: Phase, sco
 
 
 def _greedy(continuation: Continuation, phase: Phase, scores: Scores) -> torch.Tensor:
-    if phase is Phase.PROMPT or continuation.request.temperature > 0:
+    if phase in (Phase.PROMPT, Phase.AFTER_CHUNK) or continuation.request.temperature > 0:
         return scores.ids[:, 0]
     start = scores.first - len(continuation.request.prompt) + 1
     return torch.tensor(continuation.generated[start : start + len(scores.ids)])

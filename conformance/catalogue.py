@@ -35,7 +35,7 @@ from genmodel.conformance.verdict import Level, Measurement, NotApplicable, Stat
 from genmodel.runners.evidence import Evidence, Failure
 from genmodel.runners.scenarios import SCENARIOS
 
-GROUPS = ("interface", "gradients", "logits", "deployment")
+GROUPS = ("interface", "gradients", "logits", "scheduling", "refit", "deployment")
 """Modules of `genmodel.conformance.checks`, in the order in which their checks run and are reported."""
 
 CheckFunction = Callable[[Evidence], Iterable[Measurement]]

@@ -32,9 +32,24 @@ from genmodel.runners.evidence import (
 
 VOCABULARY = 203
 HIDDEN = 64
-GENERATED = 6
+GENERATED = 7
 NOISE = 1e-6
 """Standard deviation of rounding errors, in logits."""
+
+HALF_NOISE = 0.01
+"""The same in bfloat16."""
+REFITTED = ("refit.changed", "refit.again")
+IN_PROCESS = (
+    "arrivals",
+    "chunked",
+    "cached",
+    "preempted",
+    "compiled",
+    "refit.before",
+    "refit.identity",
+    "refit.restored",
+    *REFITTED,
+)
 
 Corruption = Callable[[Evidence], Evidence]
 
@@ -85,12 +100,20 @@ def clean(
     """Evidence of a model that is right, at TP=1 and TP=2."""
     generator = torch.Generator().manual_seed(seed)
     exact = truths(generator, vocabulary)
-    errors = {t.sequence: _noise(t.logits, noise, generator).abs() for t in exact}
     k = candidates or vocabulary
 
     def engine(scenario: str, size: int, ranks: int) -> tuple[Trace, ...]:
-        scored = tuple(_continuation(t, k, noise, generator) for t in exact)
+        held = other if scenario in REFITTED else exact
+        scored = tuple(_on_path(scenario, _continuation(t, k, noise, generator)) for t in held)
         return tuple(_trace(scenario, size, rank, scored, dtype) for rank in range(ranks))
+
+    other = truths(generator, vocabulary)
+    moved = _reference(other, noise, dtype, generator)
+    half = _reference(exact, HALF_NOISE, "bfloat16", generator)
+
+    def rounded(scenario: str, size: int, ranks: int) -> tuple[Trace, ...]:
+        scored = tuple(_continuation(t, k, HALF_NOISE, generator) for t in exact)
+        return tuple(_trace(scenario, size, rank, scored, "bfloat16") for rank in range(ranks))
 
     return Evidence(
         target=TargetInfo(
@@ -106,22 +129,17 @@ def clean(
         requests=tuple(t.request for t in exact),
         inspection=_inspection(vocabulary),
         gradients=_gradients(),
-        reference=ReferenceRun(
-            description="random numbers",
-            independent=True,
-            dtype=dtype,
-            higher_dtype="float64",
-            logits={t.sequence: t.logits.float() for t in exact},
-            noise_max={sequence: error.amax(dim=1).float() for sequence, error in errors.items()},
-            noise_mean={sequence: error.mean(dim=1).float() for sequence, error in errors.items()},
-        ),
+        reference=_reference(exact, noise, dtype, generator),
         traces={
             ("plain", 1): engine("plain", 1, 1),
             ("plain", 2): engine("plain", 2, 2),
             ("alone", 1): engine("alone", 1, 1),
             ("alone", 2): engine("alone", 2, 2),
             ("deployed", 2): engine("deployed", 2, 1),
+            **{(name, size): engine(name, size, size) for name in IN_PROCESS for size in (1, 2)},
+            **{("bfloat16", size): rounded("bfloat16", size, size) for size in (1, 2)},
         },
+        references={("refit", dtype): moved, ("initial", "bfloat16"): half},
         seconds={"import": 3.0, "generate": 1.5},
         environment={"python": "3.11.7", "torch": "2.13.0+cpu", "vllm": "0.32.0"},
     )
@@ -246,6 +264,16 @@ def delayed(scores: Scores) -> Scores:
     return replace(scores, ids=scores.ids.roll(1, dims=0), values=scores.values.roll(1, dims=0))
 
 
+def _same_as(evidence: Evidence, scenario: str, other: str) -> Evidence:
+    """A refit that had no effect: the scores are still those of before, said of the new weights."""
+    traces = dict(evidence.traces)
+    for size in (1, 2):
+        found = evidence.traces[other, size]
+        assert isinstance(found, tuple)
+        traces[scenario, size] = tuple(replace(trace, scenario=scenario) for trace in found)
+    return replace(evidence, traces=traces)
+
+
 def with_dropout(evidence: Evidence, **fields: Any) -> Evidence:
     """A model with dropout that works."""
     right = {"declares_dropout": True, "train_eval_difference": 0.3, "train_train_difference": 0.4}
@@ -268,6 +296,17 @@ def _prefixed(*prefixes: str) -> tuple[AttentionInfo, ...]:
         AttentionInfo(module=f"layers.{i}.attn", prefix=prefix, num_heads=2, num_kv_heads=1, head_dim=32)
         for i, prefix in enumerate(prefixes)
     )
+
+
+def _from_the_boundary(by: float) -> Callable[[Scores], Scores]:
+    """The first chunk exact, all later positions off."""
+
+    def change(scores: Scores) -> Scores:
+        values = scores.values.clone()
+        values[max(0, 5 - scores.first) :] += by
+        return replace(scores, values=values)
+
+    return change
 
 
 FAILING: Mapping[str, Mapping[str, Corruption]] = {
@@ -336,6 +375,41 @@ FAILING: Mapping[str, Mapping[str, Corruption]] = {
         "stays": lambda e: change_gradients(e, losses=(5.0, 5.0)),
         "NaN": lambda e: change_gradients(e, losses=(5.0, float("nan"))),
         "no step": lambda e: change_gradients(e, losses=(5.0,)),
+    },
+    "logits.bfloat16": {
+        "scaled": lambda e: change_scores(e, scaled(1.1), scenario="bfloat16"),
+        "NaN on one position": lambda e: change_scores(e, spoiled(float("nan")), scenario="bfloat16", sizes=(2,)),
+    },
+    "scheduling.chunked_prefill": {
+        "second chunk": lambda e: change_scores(
+            e, _from_the_boundary(1e-3), scenario="chunked", phases=(Phase.PROMPT,)
+        ),
+        "decode": lambda e: change_scores(e, swapped(0, 9), scenario="chunked", phases=(Phase.DECODE,), sizes=(2,)),
+    },
+    "scheduling.prefix_cache": {
+        "first token": lambda e: change_scores(e, shifted(1e-3), scenario="cached", phases=(Phase.FIRST,)),
+    },
+    "scheduling.preemption": {"decode": lambda e: change_scores(e, delayed, scenario="preempted", sizes=(1,))},
+    "scheduling.arrival_order": {
+        "one request": lambda e: change_scores(e, shifted(1e-3), scenario="arrivals", requests=("one_token",)),
+    },
+    "scheduling.max_model_len": {
+        "beyond": lambda e: change_inspection(e, max_positions=41),
+        "not reached": lambda e: change_inspection(e, max_positions=43),
+    },
+    "refit.changed_weights": {
+        "old weights": lambda e: _same_as(e, "refit.changed", "refit.before"),
+        "some old values": lambda e: change_scores(e, shifted(1e-3), scenario="refit.changed", sizes=(2,)),
+        "wrong before": lambda e: change_scores(e, shifted(1e-3), scenario="refit.before"),
+    },
+    "refit.identity": {"moved": lambda e: change_scores(e, shifted(1e-3), scenario="refit.identity")},
+    "refit.no_drift": {
+        "restored": lambda e: change_scores(e, scaled(1.001), scenario="refit.restored"),
+        "again": lambda e: change_scores(e, shifted(1e-3), scenario="refit.again", sizes=(2,)),
+    },
+    "deployment.compiled": {
+        "values": lambda e: change_scores(e, shifted(1e-3), scenario="compiled", phases=(Phase.DECODE,)),
+        "tokens": lambda e: change_scores(e, swapped(0, 1), scenario="compiled", phases=(Phase.PROMPT,)),
     },
     "logits.complete": {
         "NaN": lambda e: change_scores(e, spoiled(float("nan")), requests=("one_token",)),
@@ -415,6 +489,32 @@ def _probe(shape: tuple[int, ...] | None, error: str | None = None) -> Probe:
     return Probe(call="forward(input_ids[7], positions[7])", shape=shape, dtype="float32", error=error)
 
 
+def _reference(exact: list[Truth], noise: float, dtype: str, generator: torch.Generator) -> ReferenceRun:
+    errors = {t.sequence: _noise(t.logits, noise, generator).abs() for t in exact}
+    return ReferenceRun(
+        description="random numbers",
+        independent=True,
+        dtype=dtype,
+        higher_dtype="float64" if dtype == "float32" else "float32",
+        logits={t.sequence: t.logits.float() for t in exact},
+        noise_max={sequence: error.amax(dim=1).float() for sequence, error in errors.items()},
+        noise_mean={sequence: error.mean(dim=1).float() for sequence, error in errors.items()},
+    )
+
+
+def _on_path(scenario: str, continuation: Continuation) -> Continuation:
+    """What the engine's scheduler would have done with a request in this scenario."""
+    prompt = len(continuation.request.prompt)
+    decode = (1,) * (GENERATED - 1)
+    if scenario == "chunked" and prompt > 5:
+        return replace(continuation, steps=(5, prompt - 5, *decode))
+    if scenario == "preempted":
+        return replace(continuation, prompt_scores=None, steps=(prompt, 1, prompt + 2, *decode[2:]))
+    if scenario == "cached" or scenario.startswith("refit."):
+        return replace(continuation, prompt_scores=None, cached_tokens=min(16, prompt - 1))
+    return continuation
+
+
 def _noise(like: torch.Tensor, size: float, generator: torch.Generator) -> torch.Tensor:
     return size * torch.randn(like.shape, generator=generator, dtype=torch.float64)
 
@@ -443,6 +543,7 @@ def _trace(scenario: str, size: int, rank: int, scored: tuple[Continuation, ...]
         tensor_parallel_size=size,
         rank=rank,
         continuations=scored,
+        weights="refit" if scenario in REFITTED else "initial",
         proof=Proof(
             world_size=size,
             tensor_parallel_size=size,
@@ -453,6 +554,7 @@ def _trace(scenario: str, size: int, rank: int, scored: tuple[Continuation, ...]
             attention_backend="CPU_ATTN",
             dtype=dtype,
             executor="mp" if deployed else "external_launcher",
+            eager=scenario not in ("deployed", "compiled"),
             start_method="spawn" if deployed else "in-process",
             batch_sizes=(1,) * len(scored) if scenario == "alone" else (len(scored),),
             block_size=32,
@@ -480,7 +582,7 @@ def _inspection(vocabulary: int) -> Inspection:
         probe_tokens=7,
         hidden_size=HIDDEN,
         vocab_size=vocabulary,
-        max_positions=512,
+        max_positions=35 + GENERATED,
         ignores_config=False,
     )
 

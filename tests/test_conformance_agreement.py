@@ -110,7 +110,7 @@ def test_a_scale_leaves_every_argmax_right_and_fails_values_and_kl() -> None:
     assert failed == {"logits.values", "logits.kl"}
 
 
-@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize("phase", [Phase.PROMPT, Phase.FIRST, Phase.DECODE])
 def test_phases_are_judged_apart(phase: Phase) -> None:
     wrong = change_scores(clean(), shifted(0.5), phases=(phase,), sizes=(2,))
     verdict = judge(get("logits.values"), wrong)
@@ -184,7 +184,7 @@ def test_lengths_that_differ_between_engines_fail() -> None:
     known = replace(
         known,
         **{
-            name: getattr(known, name) | {s[: len(s) - 4]: x[:-4] for s, x in getattr(known, name).items()}
+            name: getattr(known, name) | {s[: len(s) - 5]: x[:-5] for s, x in getattr(known, name).items()}
             for name in ("logits", "noise_max", "noise_mean")
         },
     )
@@ -293,7 +293,7 @@ def test_the_limit_grows_with_the_noise_floor_of_its_phase_only() -> None:
     changed = reference(change_reference(evidence, noise_max=noisy))
     limits = {
         phase: [agreement.tolerance(with_reference(r, trace(evidence), phase)).max for r in (known, changed)]
-        for phase in Phase
+        for phase in (Phase.PROMPT, Phase.DECODE)
     }
     assert limits[Phase.PROMPT][0] == limits[Phase.PROMPT][1]
     assert limits[Phase.DECODE][1] == pytest.approx(agreement.NOISE_FACTOR, rel=1e-3)

@@ -68,6 +68,16 @@ def test_ids_are_frozen() -> None:
         "logits.tensor_parallel",
         "logits.ranks_agree",
         "logits.batching",
+        "logits.bfloat16",
+        "scheduling.chunked_prefill",
+        "scheduling.prefix_cache",
+        "scheduling.preemption",
+        "scheduling.arrival_order",
+        "scheduling.max_model_len",
+        "refit.changed_weights",
+        "refit.identity",
+        "refit.no_drift",
+        "deployment.compiled",
         "deployment.multiprocess",
     ]
 

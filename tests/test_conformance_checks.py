@@ -11,6 +11,7 @@ from evidence_samples import FAILING, change_gradients, change_inspection, clean
 from genmodel.conformance.catalogue import all_checks, get, judge
 from genmodel.conformance.verdict import Status
 from genmodel.runners.evidence import Evidence, Failure
+from genmodel.runners.scenarios import SCENARIOS
 
 IDS = [check.id for check in all_checks()]
 SAMPLES = [(check_id, name) for check_id in IDS for name in FAILING.get(check_id, {})]
@@ -46,7 +47,7 @@ def test_corrupted_evidence_fails(check_id: str, name: str, evidence: Evidence) 
 def test_a_check_reads_what_it_declares_and_nothing_else(check_id: str, evidence: Evidence) -> None:
     check = get(check_id)
     sample = with_dropout(evidence) if check_id == "gradients.dropout" else evidence
-    for scenario in ("inspection", "gradients", "reference", "plain", "alone", "deployed"):
+    for scenario in SCENARIOS:
         status = judge(check, without(sample, scenario)).status
         assert (status is Status.ERROR) == (scenario in check.needs), scenario
 
@@ -129,9 +130,16 @@ def test_all_checks_together_take_less_than_a_second(evidence: Evidence) -> None
 
 def without(evidence: Evidence, scenario: str, instead: Failure | None = None, size: int | None = None) -> Evidence:
     """The evidence as if a scenario had not run, or had failed."""
-    if scenario in ("inspection", "gradients", "reference"):
+    if scenario == "reference":
+        others = {} if instead is None else dict.fromkeys(evidence.references, instead)
+        return replace(evidence, reference=instead, references=others)
+    if scenario in ("inspection", "gradients"):
         return replace(evidence, **{scenario: instead})
-    traces = {key: found for key, found in evidence.traces.items() if key[0] != scenario or size not in (None, key[1])}
+    traces = {
+        key: found
+        for key, found in evidence.traces.items()
+        if key[0].partition(".")[0] != scenario or size not in (None, key[1])
+    }
     if instead is not None:
         traces |= {key: instead for key in evidence.traces if key not in traces}
     return replace(evidence, traces=traces)

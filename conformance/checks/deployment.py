@@ -5,11 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from genmodel.conformance import agreement
-from genmodel.conformance.access import rank_zero, reference, sizes
+from genmodel.conformance.access import every_size, rank_zero, reference, sizes
 from genmodel.conformance.alignment import Phase, with_reference
 from genmodel.conformance.catalogue import check
 from genmodel.conformance.verdict import Measurement
 from genmodel.runners.evidence import Evidence
+
+
+@check(needs=("reference", "compiled"))
+def compiled(evidence: Evidence) -> Iterator[Measurement]:
+    """An engine that compiles what it can (enforce_eager=False, vLLM's default) gives the reference's answers.
+
+    Usual causes:
+        A branch on values or on the number of tokens that tracing froze; a shape that was taken for a
+        constant; an operation whose compiled version rounds differently, such as a norm in half
+        precision.
+    How to fix:
+        Keep Python branches on tensor values out of forward; mark dynamic dimensions for
+        `@support_torch_compile`.
+    Reports:
+        #36637
+    """
+    for size in every_size(evidence, "compiled"):
+        trace = rank_zero(evidence, "compiled", size)
+        for phase in (Phase.PROMPT, Phase.FIRST, Phase.DECODE):
+            aligned = with_reference(reference(evidence), trace, phase)
+            yield from agreement.max_difference(aligned)
+            yield from agreement.greedy_rank(aligned)
 
 
 @check(needs=("reference", "deployed"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from genmodel.conformance import agreement
-from genmodel.conformance.access import every_size, rank_zero, ranks, reference, sizes
+from genmodel.conformance.access import every_size, rank_zero, ranks, reference, reference_of, sizes
 from genmodel.conformance.alignment import Aligned, Phase, with_engine, with_reference
 from genmodel.conformance.catalogue import check
 from genmodel.conformance.verdict import Measurement, NotApplicable, row, violations
@@ -216,6 +216,28 @@ def batching(evidence: Evidence) -> Iterator[Measurement]:
     """
     for size in every_size(evidence, "plain", "alone"):
         yield from _engines_agree(evidence, rank_zero(evidence, "alone", size), rank_zero(evidence, "plain", size))
+
+
+@check(needs=("reference", "bfloat16"))
+def bfloat16(evidence: Evidence) -> Iterator[Measurement]:
+    """In bfloat16 the logits are the float32 reference's, but for bfloat16's own noise.
+
+    Usual causes:
+        A softmax, norm, rotary table or logit computed in bfloat16 where the reference uses float32; a
+        cast of weights that happens on one side only.
+    How to fix:
+        Compute statistics of norms, softmax and rotary angles in float32 and cast back.
+    Reports:
+        #52158
+    """
+    if evidence.target.dtype != "float32":
+        raise NotApplicable(f"the whole run is in {evidence.target.dtype}")
+    for size in every_size(evidence, "bfloat16"):
+        trace = rank_zero(evidence, "bfloat16", size)
+        for phase in (Phase.PROMPT, Phase.FIRST, Phase.DECODE):
+            aligned = with_reference(reference_of(evidence, trace), trace, phase)
+            yield from agreement.max_difference(aligned)
+            yield from agreement.mean_difference(aligned)
 
 
 def _plain(evidence: Evidence, *phases: Phase) -> Iterator[Aligned]:

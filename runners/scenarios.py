@@ -99,6 +99,11 @@ def _one_by_one(plan: Plan) -> Batches:
     return [[request] for request in plan.requests]
 
 
+def _in_chunks(plan: Plan) -> Batches:
+    """Long prompts with each step to themselves, then all requests together: chunks beside others' decoding."""
+    return [*([_again(request)] for request in _named(plan, "long_prefix_a", "longest")), list(plan.requests)]
+
+
 def _backwards(plan: Plan) -> Batches:
     return [list(reversed(plan.requests))]
 
@@ -222,7 +227,7 @@ ENGINE_SCENARIOS = {
         ),
         Scenario(
             name="chunked",
-            passes=(Pass(name="chunked", batches=_together),),
+            passes=(Pass(name="chunked", batches=_in_chunks),),
             unproven=_chunked_unproven,
             # Not a multiple of the block size, so that a chunk ends inside a block.
             options=lambda plan: {"max_num_batched_tokens": 2 * BLOCK_SIZE - 13, "enable_chunked_prefill": True},
@@ -267,5 +272,5 @@ ENGINE_SCENARIOS = {
 }
 """By name, in the order they are run in: neighbours with the same options share an engine."""
 
-SCENARIOS = ("inspection", "gradients", "reference", *ENGINE_SCENARIOS, "deployed")
+SCENARIOS = ("inspection", "gradients", "parallel_gradients", "weights", "reference", *ENGINE_SCENARIOS, "deployed")
 """Everything a check can ask for."""

@@ -9,7 +9,7 @@ import pytest
 from genmodel.conformance import catalogue
 from genmodel.conformance.verdict import Status
 from genmodel.runners.session import Session, TargetOptions
-from mutants.dense_mutants import MUTANTS, Mutant
+from mutants import MUTANTS, Mutant
 
 OPTIONS = {
     m.name: TargetOptions(spec=f"mutant:{m.name}", target=m.factory, tensor_parallel_sizes=m.tp, reference=m.reference)

@@ -43,9 +43,19 @@ MUTANTS: list[Mutant] = []
 
 
 def mutant(
-    *, caught_by: str, reports: str, tp: tuple[int, ...] = (1,), of: Any = dense, alone: bool = False
+    *,
+    caught_by: str,
+    reports: str,
+    tp: tuple[int, ...] = (1,),
+    of: Any = dense,
+    alone: bool = False,
+    reference: str = "",
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a mutation `(model) -> None` of a reference model."""
+    """Register a mutation `(model) -> None` of a reference model.
+
+    Its reference is that model; with `alone` there is none, and `reference` names another one, a factory in
+    the mutation's own module.
+    """
 
     def register(mutate: Callable[..., None]) -> Callable[..., None]:
         def factory(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
@@ -54,8 +64,8 @@ def mutant(
             return model  # type: ignore[no-any-return]
 
         factory.__qualname__ = f"{mutate.__name__}.factory"
-        reference = None if alone else f"{of.__name__}:factory"
-        MUTANTS.append(Mutant(mutate.__name__, factory, caught_by, reports, tp, reference))
+        spec = f"{mutate.__module__}:{reference}" if reference else f"{of.__name__}:factory"
+        MUTANTS.append(Mutant(mutate.__name__, factory, caught_by, reports, tp, None if alone else spec))
         return mutate
 
     return register

@@ -34,14 +34,18 @@ LOGITS = [check for check in catalogue.all_checks() if check.group == "logits" a
 
 
 def ratios(evidence: Evidence) -> Iterator[tuple[str, float]]:
-    """(phase, largest |logit error| / noise floor) at every size; the floor is the largest of the phase."""
+    """(phase, largest |logit error| / noise floor over positions) at every size, by the rule of the tolerance."""
     known = reference(evidence)
     for size in evidence.target.tensor_parallel_sizes:
-        for phase in Phase:
+        for phase in (Phase.PROMPT, Phase.FIRST, Phase.DECODE):
             aligned = with_reference(known, rank_zero(evidence, "plain", size), phase)
-            error = max(float((rows.values - rows.expected).abs().max()) for rows in aligned.rows)
-            floor = max(float(rows.noise_max.max()) for rows in aligned.rows)
-            yield phase.value, error / floor
+            if aligned.rows:
+                typical = agreement.tolerance(aligned).typical_max
+                shares = [
+                    (rows.values - rows.expected).abs().amax(1) / rows.noise_max.clamp(min=typical)
+                    for rows in aligned.rows
+                ]
+                yield phase.value, float(torch.cat(shares).max())
 
 
 def quantiles(values: list[float]) -> str:

@@ -5,31 +5,30 @@ Shapes: N positions, K candidates the engine scored, V vocabulary.
 
 The tolerance is flash-attention's own test rule lifted to logits. Its tests (tests/test_flash_attn.py in
 Dao-AILab/flash-attention) ask that the largest error against a higher-precision reference be at most a small
-multiple of that of plain PyTorch in the tested dtype. Here, per phase,
+multiple of that of plain PyTorch in the tested dtype. Here, at each position,
 
     delta = NOISE_FACTOR * noise + ULP_FACTOR * eps(dtype) * max |logit|
 
-where noise is how far the reference in the tested dtype is from the reference in a higher one. It is the
-largest over the phase's positions, so that one position's lucky small floor does not cry wolf.
+where noise is how far the reference in the tested dtype is from the reference in a higher one: at this position, or
+at the phase's median position where that is more, so that one position's lucky small floor does not cry wolf.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from genmodel.conformance.alignment import Aligned, Phase, Rows, common_length, gather, with_engine
+from genmodel.conformance.alignment import Aligned, Phase, Rows, common_length, gather, with_reference
 from genmodel.conformance.verdict import Measurement, violations
 from genmodel.runners.evidence import Continuation, ReferenceRun, Trace
 
 NOISE_FACTOR = 4.0
 """Noise floors an error may be. An engine adds up in another order than the reference and so makes other rounding
-errors of the same size: the largest of one set exceeds that of the other by a factor near 1, bugs by orders.
-Measured on reference_models.dense and gpt in float32 (plain, alone and deployed, TP=1 and TP=2, each phase): 0.6 to
-1.25 floors, maxima and means alike."""
+errors of the same size: the largest over a vocabulary exceeds the other by a small factor, bugs by orders.
+docs/calibration.md has the distributions it was chosen from."""
 
 ULP_FACTOR = 4.0
 """Units in the last place (tested dtype, largest logit) allowed on top: where the noise floor happens to be zero,
@@ -41,42 +40,60 @@ Law = Callable[[Rows], tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
-    """Limits for one phase, in logits; NaN, which nothing meets, where the noise floor is not finite."""
+    """Limits for one phase, position by position; NaN, which nothing meets, where a noise floor is not finite."""
 
-    max: float
-    """On any one logit: delta."""
-    mean: float
-    """On the mean over a position's candidates: the same rule with the mean noise."""
+    typical_max: float
+    """The phase's median of the noise floor's maximum over V."""
+    typical_mean: float
+    """The same of its mean over V."""
+    rounding: float
+    """The ulp term."""
     scale: float
     """Largest finite |logit| expected."""
 
-    @property
-    def tie(self) -> float:
-        """Tokens whose logits are this close may swap: each may be off by `max`."""
-        return 2 * self.max
+    def max(self, rows: Rows) -> torch.Tensor:
+        """On any one logit, [N]: delta."""
+        return NOISE_FACTOR * rows.noise_max.double().clamp(min=self.typical_max) + self.rounding
 
-    def kl(self, candidates: int) -> float:
-        """On KL(reference || engine), in nats: delta² / 2, plus the rounding of its computation in float64.
+    def mean(self, rows: Rows) -> torch.Tensor:
+        """On the mean over a position's candidates, [N]: the same rule with the mean noise."""
+        return NOISE_FACTOR * rows.noise_mean.double().clamp(min=self.typical_mean) + self.rounding
+
+    def tie(self, rows: Rows) -> torch.Tensor:
+        """Tokens whose logits are this close may swap, [N]: each may be off by `max`."""
+        return 2 * self.max(rows)
+
+    def kl(self, rows: Rows) -> torch.Tensor:
+        """On KL(reference || engine), in nats, [N]: delta² / 2, plus the rounding of its computation in float64.
 
         KL between softmax(r) and softmax(e) is the Bregman divergence of log-sum-exp (Banerjee et al. 2005,
         section 4), so by Taylor's theorem it is half the variance of d = e - r under some softmax between the two.
         Where |d| <= delta that variance is at most delta² (Popoviciu), whatever the size of the vocabulary.
         """
+        candidates = rows.ids.shape[1]
         rounding = 16 * torch.finfo(torch.float64).eps * (1 + self.scale + math.log(candidates))
-        return self.max**2 / 2 + rounding
+        return self.max(rows).square() / 2 + rounding
+
+
+Limit = Callable[[Tolerance, Rows], torch.Tensor]
+"""From a phase's tolerance and rows to what is allowed at each position, [N] float64."""
 
 
 def tolerance(aligned: Aligned) -> Tolerance:
     """The rule at the top of this module, for one phase that has rows."""
-    noise_max = max((float(rows.noise_max.max()) for rows in aligned.rows), key=_severity)
-    noise_mean = max((float(rows.noise_mean.max()) for rows in aligned.rows), key=_severity)
     scale = max(float(rows.expected.nan_to_num(0, 0, 0).abs().max()) for rows in aligned.rows)
-    rounding = ULP_FACTOR * torch.finfo(aligned.dtype).eps * scale
     return Tolerance(
-        max=_finite(NOISE_FACTOR * noise_max + rounding),
-        mean=_finite(NOISE_FACTOR * noise_mean + rounding),
+        typical_max=_median(rows.noise_max for rows in aligned.rows),
+        typical_mean=_median(rows.noise_mean for rows in aligned.rows),
+        rounding=ULP_FACTOR * torch.finfo(aligned.dtype).eps * scale,
         scale=scale,
     )
+
+
+def _median(parts: Iterable[torch.Tensor]) -> float:
+    """The median over all positions; NaN if any is not finite."""
+    together = torch.cat(list(parts))
+    return float(together.median()) if bool(together.isfinite().all()) else math.nan
 
 
 def max_difference(aligned: Aligned) -> Iterator[Measurement]:
@@ -86,7 +103,7 @@ def max_difference(aligned: Aligned) -> Iterator[Measurement]:
         worst, at = (rows.values - rows.expected).abs().max(dim=1)
         return worst, _pick(rows.ids, at)
 
-    yield from _judge(aligned, "max |logit difference|", law, lambda limits: limits.max)
+    yield from _judge(aligned, "max |logit difference|", law, Tolerance.max)
 
 
 def mean_difference(aligned: Aligned) -> Iterator[Measurement]:
@@ -98,7 +115,7 @@ def mean_difference(aligned: Aligned) -> Iterator[Measurement]:
     def law(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         return (rows.values - rows.expected).abs().mean(dim=1), rows.ids[:, 0]
 
-    yield from _judge(aligned, "mean |logit difference|", law, lambda limits: limits.mean)
+    yield from _judge(aligned, "mean |logit difference|", law, Tolerance.mean)
 
 
 def divergence(aligned: Aligned) -> Iterator[Measurement]:
@@ -116,7 +133,7 @@ def divergence(aligned: Aligned) -> Iterator[Measurement]:
     count = aligned.candidates if aligned.rows else 0
     whole = all(rows.ids.shape[1] == rows.reference.shape[1] for rows in aligned.rows)
     over = "the vocabulary" if whole else f"the {count} candidates"
-    yield from _judge(aligned, f"KL(reference || engine) over {over}", law, lambda limits: limits.kl(count))
+    yield from _judge(aligned, f"KL(reference || engine) over {over}", law, Tolerance.kl)
 
 
 def top_k(aligned: Aligned, k: int) -> Iterator[Measurement]:
@@ -137,15 +154,16 @@ def top_k(aligned: Aligned, k: int) -> Iterator[Measurement]:
         worst, at = (best_values(rows.reference, count) - rows.expected[:, :count]).abs().max(dim=1)
         return worst, _pick(rows.ids, at)
 
-    yield from _judge(aligned, f"logit gap to the reference's top-{k} order", law, lambda limits: limits.tie)
+    yield from _judge(aligned, f"logit gap to the reference's top-{k} order", law, Tolerance.tie)
 
 
 def greedy_rank(aligned: Aligned) -> Iterator[Measurement]:
     """How many tokens the reference ranks above the engine's greedy one; ties within tolerance share a rank."""
-    tie = tolerance(aligned).tie if aligned.rows else 0.0
+    limits = tolerance(aligned) if aligned.rows else None
 
     def law(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        limit = gather(rows.reference, rows.greedy[:, None]) + tie
+        assert limits is not None
+        limit = gather(rows.reference, rows.greedy[:, None]) + limits.tie(rows)[:, None]
         # "not at most" instead of "more than": NaN on either side must not make a token the best
         above = ~(rows.reference.amax(dim=1, keepdim=True) <= limit)[:, 0]
         count = above.long()
@@ -153,7 +171,11 @@ def greedy_rank(aligned: Aligned) -> Iterator[Measurement]:
             count[above] = (~(rows.reference[above] <= limit[above])).sum(dim=1)
         return count, rows.greedy
 
-    yield from _judge(aligned, "tokens the reference ranks above the greedy one", law, lambda _: 0.0)
+    yield from _judge(aligned, "tokens the reference ranks above the greedy one", law, _none)
+
+
+def _none(_: Tolerance, rows: Rows) -> torch.Tensor:
+    return torch.zeros(len(rows.ids), dtype=torch.float64)
 
 
 def parting(reference: ReferenceRun, ours: Trace, theirs: Trace) -> Iterator[Measurement]:
@@ -162,37 +184,45 @@ def parting(reference: ReferenceRun, ours: Trace, theirs: Trace) -> Iterator[Mea
     The gap is taken in the logits of `ours`. A token outside its candidates is infinitely far.
     """
     other = {continuation.request.name: continuation for continuation in theirs.continuations}
-    gaps: dict[Phase, list[tuple[float, str]]] = {Phase.FIRST: [(0.0, "")], Phase.DECODE: [(0.0, "")]}
-    for continuation in ours.continuations:
-        counterpart = other.get(continuation.request.name)
-        if counterpart is not None and continuation.request.temperature == 0:
+    for phase in (Phase.FIRST, Phase.DECODE):
+        aligned = with_reference(reference, ours, phase)
+        if not aligned.rows:
+            continue
+        limits = tolerance(aligned)
+        rows = {found.request: found for found in aligned.rows}
+        worst = (0.0, float(limits.tie(aligned.rows[0])[0]), "")
+        for continuation in ours.continuations:
+            counterpart = other.get(continuation.request.name)
+            if counterpart is None or continuation.request.temperature > 0 or continuation.request.name not in rows:
+                continue
             at = common_length(continuation, counterpart)
-            if at < min(len(continuation.generated), len(counterpart.generated)):
-                phase = Phase.DECODE if at else Phase.FIRST
-                gaps[phase].append(_gap_between_tokens(continuation, counterpart, at))
-    for phase, found in gaps.items():
-        aligned = with_engine(reference, ours, theirs, phase)
-        if aligned.rows:
-            measured, detail = max(found, key=lambda worst: _severity(worst[0]))
-            yield Measurement(
-                what=f"{phase}: logit gap between tokens where generation parts",
-                where=aligned.where,
-                measured=measured,
-                allowed=tolerance(aligned).tie,
-                detail=detail,
-            )
+            ended = at >= min(len(continuation.generated), len(counterpart.generated))
+            if ended or (at == 0) != (phase is Phase.FIRST):
+                continue
+            gap, detail = _gap_between_tokens(continuation, counterpart, at)
+            row = max(0, at - 1)  # the phase's rows begin with its first token
+            allowed = float(limits.tie(rows[continuation.request.name])[row])
+            worst = max(worst, (gap, allowed, detail), key=lambda found: _ratio(found[0], found[1]))
+        yield Measurement(
+            what=f"{phase}: logit gap between tokens where generation parts",
+            where=aligned.where,
+            measured=worst[0],
+            allowed=worst[1],
+            detail=worst[2],
+        )
 
 
 def resolution(aligned: Aligned, k: int) -> Iterator[Measurement]:
-    """Logits this close count as tied, against how far apart the reference's k best are at a median position."""
+    """How wide a near tie is, as a share of how far apart the reference's k best are, at the median position."""
     if not aligned.rows:
         return
-    spreads = torch.cat([_spread(rows.reference, k) for rows in aligned.blocks()])
+    limits = tolerance(aligned)
+    shares = torch.cat([limits.tie(rows) / _spread(rows.reference, k) for rows in aligned.blocks()])
     yield Measurement(
-        what=f"{aligned.phase}: width of a tie (limit: median spread of the top {k})",
+        what=f"{aligned.phase}: width of a near tie as a share of the top {k}'s spread, at the median position",
         where=aligned.where,
-        measured=tolerance(aligned).tie,
-        allowed=float(spreads.median()),
+        measured=float(shares.median()),
+        allowed=1.0,
     )
 
 
@@ -231,34 +261,34 @@ def best_values(logits: torch.Tensor, k: int, width: int = 128) -> torch.Tensor:
     return torch.cat([kept, logits[:, count * width :]], dim=1).topk(k, dim=1).values
 
 
-def _judge(aligned: Aligned, what: str, law: Law, allowed: Callable[[Tolerance], float]) -> Iterator[Measurement]:
-    """The worst position under `law` against its limit; positions that were not scored break every law."""
+def _judge(aligned: Aligned, what: str, law: Law, allowed: Limit) -> Iterator[Measurement]:
+    """The position that is worst by its limit under `law`; positions that were not scored break every law."""
     if aligned.gaps:
         yield _unscored(aligned)
     if aligned.rows:
-        measured, detail = max((_worst(rows, law) for rows in aligned.blocks()), key=lambda worst: _severity(worst[0]))
+        limits = tolerance(aligned)
+        found = (_worst(rows, law, allowed(limits, rows)) for rows in aligned.blocks())
+        measured, limit, detail = max(found, key=lambda worst: _ratio(worst[0], worst[1]))
         yield Measurement(
-            what=f"{aligned.phase}: {what}",
-            where=aligned.where,
-            measured=measured,
-            allowed=allowed(tolerance(aligned)),
-            detail=detail,
+            what=f"{aligned.phase}: {what}", where=aligned.where, measured=measured, allowed=limit, detail=detail
         )
 
 
-def _worst(rows: Rows, law: Law) -> tuple[float, str]:
+def _worst(rows: Rows, law: Law, allowed: torch.Tensor) -> tuple[float, float, str]:
     measured, tokens = law(rows)
-    at = int(measured.argmax())  # the first NaN, if there is any
-    return float(measured[at]), f"request {rows.request}, position {rows.first + at}, token {int(tokens[at])}"
+    ratios = torch.where(measured == 0, 0.0, measured.double() / allowed)
+    at = int(ratios.argmax())  # the first NaN, if there is any
+    detail = f"request {rows.request}, position {rows.first + at}, token {int(tokens[at])}"
+    return float(measured[at]), float(allowed[at]), detail
 
 
-def _severity(number: float) -> tuple[bool, float]:
-    """Sort key that puts NaN above everything."""
-    return math.isnan(number), number
-
-
-def _finite(number: float) -> float:
-    return number if math.isfinite(number) else math.nan
+def _ratio(measured: float, allowed: float) -> tuple[bool, float]:
+    """Sort key by measured / allowed that puts NaN above everything."""
+    if math.isnan(measured) or math.isnan(allowed):
+        return True, math.inf
+    if measured == 0:
+        return False, 0.0
+    return False, measured / allowed if allowed else math.inf
 
 
 def _pick(ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -96,7 +96,9 @@ def compared(evidence: Evidence, comparator: Comparator) -> bool:
 def main() -> None:
     """Run the zoo and print the table."""
     options = [
-        TargetOptions(spec=m.name, target=m.factory, tensor_parallel_sizes=(1, 2), reference=m.reference)
+        TargetOptions(
+            spec=m.name, target=m.factory, tensor_parallel_sizes=(1, 2), reference=m.reference, config=m.config
+        )
         for m in MUTANTS
     ]
     correct = TargetOptions(spec=CORRECT)

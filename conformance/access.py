@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from genmodel.conformance.verdict import REFERENCE, NotApplicable, row
-from genmodel.runners.evidence import Evidence, Failure, Gradients, Inspection, ReferenceRun, Trace
+from genmodel.runners.evidence import (
+    Evidence,
+    Failure,
+    Gradients,
+    Inspection,
+    RankGradients,
+    ReferenceRun,
+    Trace,
+    WeightAudit,
+)
 
 T = TypeVar("T")
 
@@ -62,6 +71,67 @@ def rank_zero(evidence: Evidence, scenario: str, size: int) -> Trace:
         if trace.rank == 0:
             return trace
     raise NoEvidence(scenario, row(size), None)
+
+
+def audits(evidence: Evidence, size: int) -> tuple[WeightAudit, ...]:
+    """What every rank of vLLM's workers holds of the coded checkpoint.
+
+    Raises:
+        NotApplicable: if the checkpoint could not be coded.
+        NoEvidence: if the scenario failed or was not run.
+    """
+    if evidence.uncoded:
+        raise NotApplicable(evidence.uncoded)
+    return _present(evidence.weights.get(size) or None, "weights", row(size))
+
+
+def every_audit(evidence: Evidence, smallest: int = 1) -> Iterator[tuple[WeightAudit, ...]]:
+    """Yield the audits of each size of at least `smallest` that has them, then raise for the first that has not."""
+    absent: NoEvidence | None = None
+    for size in sizes(evidence):
+        if size < smallest:
+            continue
+        try:
+            found = audits(evidence, size)
+        except NoEvidence as error:
+            absent = absent or error
+        else:
+            yield found
+    if absent is not None:
+        raise absent
+
+
+def whole_model(evidence: Evidence) -> WeightAudit:
+    """What the model holds at TP=1, which tells what belongs where; raises what `audits` does."""
+    try:
+        return audits(evidence, 1)[0]
+    except NoEvidence as absent:
+        raise _nothing_to_compare(evidence, absent) from None
+
+
+def rank_gradients(evidence: Evidence, size: int) -> tuple[RankGradients, ...]:
+    """The gradients of every rank of a standalone process group; raises what `gradients` and `audits` do."""
+    if inspection(evidence).native:
+        raise NotApplicable("built of vLLM's own layers, whose parameters are created with requires_grad=False")
+    if evidence.uncoded:
+        raise NotApplicable(evidence.uncoded)
+    return _present(evidence.parallel_gradients.get(size) or None, "parallel_gradients", row(size))
+
+
+def whole_gradients(evidence: Evidence) -> RankGradients:
+    """The gradients at TP=1, which those of ranks are slices of; raises what `rank_gradients` does."""
+    try:
+        return rank_gradients(evidence, 1)[0]
+    except NoEvidence as absent:
+        raise _nothing_to_compare(evidence, absent) from None
+
+
+def _nothing_to_compare(evidence: Evidence, absent: NoEvidence) -> NoEvidence | NotApplicable:
+    """A model that was not asked to run at TP=1 need not be able to."""
+    failure = absent.failure
+    if failure is None or failure.kind == "proof" or 1 in sizes(evidence):
+        return absent
+    return NotApplicable(f"it takes the model at TP=1 to compare with: {failure.message}")
 
 
 def sizes(evidence: Evidence) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from genmodel.conformance.catalogue import judge, select
+from genmodel.conformance.diagnosis import Diagnosis
 from genmodel.conformance.verdict import Level, Verdict
 from genmodel.runners.session import Session, TargetOptions
 
@@ -64,7 +65,8 @@ def check_model(
     )
     with Session([options], progress) as session:
         evidence = session.collect(options, frozenset().union(*(check.needs for check in chosen)))
-    return [judge(check, evidence) for check in chosen]
+        diagnosis = Diagnosis(lambda scenario, size, focus: session.diagnose(options, scenario, size, focus))
+        return [diagnosis.of(check, judge(check, evidence)) for check in chosen]
 
 
 def _describe(target: Callable[..., Any]) -> str:

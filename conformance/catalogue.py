@@ -35,7 +35,7 @@ from genmodel.conformance.verdict import Level, Measurement, NotApplicable, Stat
 from genmodel.runners.evidence import Evidence, Failure
 from genmodel.runners.scenarios import SCENARIOS
 
-GROUPS = ("interface", "gradients", "logits", "scheduling", "refit", "deployment")
+GROUPS = ("interface", "gradients", "weights", "parallelism", "logits", "scheduling", "refit", "deployment")
 """Modules of `genmodel.conformance.checks`, in the order in which their checks run and are reported."""
 
 CheckFunction = Callable[[Evidence], Iterable[Measurement]]
@@ -149,7 +149,7 @@ def judge(check: Check, evidence: Evidence) -> Verdict:
     where = details = ""
     try:
         _require_size(check, evidence)
-        with _one_thread():
+        with one_thread():
             measurements.extend(check.function(evidence))
         status, reason = _outcome(measurements)
     except NotApplicable as inapplicable:
@@ -176,7 +176,7 @@ def judge(check: Check, evidence: Evidence) -> Verdict:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Run torch without its thread pool.
 
     What checks compute is limited by memory, and other processes hold the other cores: waiting for a thread that has

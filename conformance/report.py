@@ -45,6 +45,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "status": verdict.status.value,
         "reason": verdict.reason,
         "details": verdict.details,
+        "diagnosis": verdict.diagnosis,
         "where": verdict.where,
         "seconds": _number(verdict.seconds),
         "measurements": [_measurement_json(measurement) for measurement in verdict.measurements],

@@ -29,6 +29,8 @@ def failure(verdict: Verdict, check: Check, command: str) -> str:
         parts.append(_section("What happened", verdict.details))
     if verdict.measurements:
         parts.append("\n".join(_measured(verdict.measurements)))
+    if verdict.diagnosis:
+        parts.append(_section("Where it begins", _reflowed(verdict.diagnosis)))
     if any(not m.ok for m in verdict.measurements):
         parts += [_section("Usual causes", _reflowed(check.causes)), _section("How to fix", _reflowed(check.fix))]
         if check.reports:

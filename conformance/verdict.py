@@ -96,6 +96,8 @@ class Verdict:
     """Why not applicable, failed without measurements, xfailed or in error: one line."""
     details: str = ""
     """Supporting lines: a trimmed traceback or the end of a log."""
+    diagnosis: str = ""
+    """Where the failure begins: the first module at which engine and reference part, in words."""
     where: str = ""
     """Row of the summary table whose evidence is missing, if any is."""
     measurements: tuple[Measurement, ...] = field(default=())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,9 @@ from torch import nn
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from vllm.config import VllmConfig
+
+Change = Callable[[Iterator[tuple[str, torch.Tensor]]], Iterator[tuple[str, torch.Tensor]]]
+Load = Callable[[Change], None]
 
 _standalone: ContextVar[bool] = ContextVar("genmodel_standalone", default=False)
 
@@ -190,13 +193,19 @@ def is_text_generation_model(model_class: type[nn.Module]) -> tuple[bool, str]:
     return accepted, "; ".join(lines)
 
 
+def supports_pipeline(model_class: type[nn.Module]) -> bool:
+    """Whether the class declares pipeline parallelism to vLLM, completely."""
+    from vllm.model_executor.models import supports_pp
+
+    return bool(supports_pp(model_class))
+
+
 @contextlib.contextmanager
 def native_world(config: VllmConfig) -> Iterator[None]:
-    """Let vLLM's own layers be built and evaluated outside an engine: a gloo world of one."""
+    """Let vLLM's own layers be built and evaluated outside an engine, by default in a gloo world of one."""
     import tempfile
 
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import parallel_state as state
     from vllm.forward_context import set_forward_context
     from vllm.platforms import current_platform
 
@@ -205,15 +214,38 @@ def native_world(config: VllmConfig) -> Iterator[None]:
         from vllm.v1.worker import cpu_model_runner
 
         cpu_model_runner._set_torch_accelerator_to_noop()
-    with tempfile.TemporaryDirectory(prefix="genmodel-") as directory, standalone(), set_current_vllm_config(config):
-        state.init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")
-        state.initialize_model_parallel(1, 1)
-        try:
-            with set_forward_context(None, config):
-                yield
-        finally:
-            state.destroy_model_parallel()
-            state.destroy_distributed_environment()
+    with contextlib.ExitStack() as stack:
+        if parallel_group("tp")[2] is None:
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="genmodel-"))
+            stack.enter_context(world(config, 0, 1, f"file://{directory}/rendezvous"))
+        stack.enter_context(standalone())
+        stack.enter_context(set_current_vllm_config(config))
+        stack.enter_context(set_forward_context(None, config))
+        yield
+
+
+@contextlib.contextmanager
+def world(config: VllmConfig, rank: int, size: int, rendezvous: str) -> Iterator[None]:
+    """Process groups of `size` tensor-parallel ranks over gloo, vLLM's own among them, without any engine.
+
+    Args:
+        config: told of the size.
+        rank: this process's.
+        size: tensor-parallel size and number of processes.
+        rendezvous: a URL that all of them know, such as "file:///a/path/that/does/not/exist/yet".
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state as state
+
+    config.parallel_config.tensor_parallel_size = size
+    _leave_shared_memory_alone()
+    try:
+        with set_current_vllm_config(config):
+            state.init_distributed_environment(size, rank, rendezvous, rank, "gloo")
+            state.initialize_model_parallel(size, 1)
+        yield
+    finally:
+        leave_world()
 
 
 def use_plain_linear(model: nn.Module) -> None:
@@ -246,6 +278,76 @@ def start_engine(model_dir: str, **options: Any) -> Any:
         disable_log_stats=False,
         **options,
     )
+
+
+def load_in_worker(
+    model_dir: str, watch: Callable[[nn.Module, Load], None], *, tensor_parallel_size: int, **options: Any
+) -> int:
+    """Let this rank's vLLM worker build a model and load its weights, as when an engine starts, and end it again.
+
+    There is no scheduler and no KV cache, which loading does not know of.
+
+    Args:
+        model_dir: directory with config.json and safetensors.
+        watch: called as `watch(model, load)` where vLLM loads the weights, before it packs them for its
+            kernels. `load(change)` is vLLM's own way to load the checkpoint, its guard against missing
+            weights included; `change` is applied to the (name, tensor) pairs on their way to the model.
+        tensor_parallel_size: number of ranks, of which each has to call this with RANK and so on set.
+        **options: engine arguments, passed on.
+
+    Returns:
+        The number of ranks as vLLM counts them.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.v1.executor.abstract import Executor
+
+    if tensor_parallel_size > 1:
+        options["distributed_executor_backend"] = "external_launcher"
+        _leave_shared_memory_alone()
+    arguments = EngineArgs(
+        model=model_dir,
+        tensor_parallel_size=tensor_parallel_size,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 26,  # never allocated; without it the worker wants most of the machine's memory
+        **options,
+    )
+    config = arguments.create_engine_config()
+    load_weights, get_all_weights = DefaultModelLoader.load_weights, DefaultModelLoader.get_all_weights
+
+    def watched(self: Any, model: nn.Module, model_config: Any) -> None:
+        def load(change: Change) -> None:
+            self.get_all_weights = lambda *a, **k: change(get_all_weights(self, *a, **k))
+            try:
+                load_weights(self, model, model_config)
+            finally:
+                del self.get_all_weights
+
+        watch(model, load)
+
+    DefaultModelLoader.load_weights = watched  # type: ignore[method-assign]
+    try:
+        executor = Executor.get_class(config)(config)
+    finally:
+        DefaultModelLoader.load_weights = load_weights  # type: ignore[method-assign]
+    size = parallel_group("tp")[1]
+    executor.shutdown()
+    leave_world()
+    return size
+
+
+def unguarded(model: nn.Module) -> set[str]:
+    """Names of the parameters that vLLM's guard against missing weights takes for loaded whatever happened.
+
+    Those of every module with a quantisation method, and all of vLLM's own linear layers and embeddings have one.
+    """
+    return {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        if hasattr(getattr(module, "quant_method", None), "process_weights_after_loading")
+        for name, _ in module.named_parameters()
+    }
 
 
 def _leave_shared_memory_alone() -> None:
@@ -365,6 +467,42 @@ def observe_schedule(llm: Any) -> Iterator[list[dict[str, int]]]:
         yield steps
     finally:
         scheduler.schedule = schedule
+
+
+def observe_forward(
+    llm: Any, begin: Callable[[list[tuple[str, tuple[int, ...], int]], torch.Tensor], None]
+) -> nn.Module:
+    """Be told of every forward pass of an in-process engine, from now until it ends, before the model runs.
+
+    Args:
+        llm: an engine whose rank of the model lives in this process, with the first of vLLM's two model runners.
+        begin: called with (id, prompt, tokens in this pass) of each request, in the order of the model's rows,
+            and with the positions [T] of all rows.
+
+    Returns:
+        The model, as vLLM built it.
+    """
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    execute = runner.execute_model
+    scheduled: dict[str, int] = {}
+
+    def executed(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        scheduled.clear()
+        scheduled.update(scheduler_output.num_scheduled_tokens)
+        return execute(scheduler_output, *args, **kwargs)
+
+    def before(_: nn.Module, __: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        batch = [
+            (r, tuple(runner.requests[r].prompt_token_ids), scheduled.get(r, 0)) for r in runner.input_batch.req_ids
+        ]
+        positions = arguments["positions"]
+        # Multi-dimensional rotary positions are [3, T]; for text all three are the same.
+        begin(batch, positions[0] if positions.dim() > 1 else positions)
+
+    runner.execute_model = executed
+    model: nn.Module = runner.model
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    return model
 
 
 def worker_report(worker: Any) -> dict[str, Any]:

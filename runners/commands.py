@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,28 @@ from genmodel import __version__
 from genmodel.modeling import _vllm
 from genmodel.modeling.registration import register_model, resolve
 from genmodel.modeling.wrapper import InterfaceError
-from genmodel.runners import checkpoint, engine, gradients, inspection, standalone
-from genmodel.runners.evidence import Gradients, Inspection, ReferenceRun, Trace
+from genmodel.runners import (
+    checkpoint,
+    coding,
+    engine,
+    gradients,
+    inspection,
+    modules,
+    parallel_gradients,
+    standalone,
+    weights_audit,
+)
+from genmodel.runners.evidence import (
+    CodedTensor,
+    Gradients,
+    Inspection,
+    ModuleRecord,
+    RankGradients,
+    RecordedSequence,
+    ReferenceRun,
+    Trace,
+    WeightAudit,
+)
 from genmodel.runners.protocol import Spec, Unusable
 from genmodel.runners.scenarios import DEPLOYED, ENGINE_SCENARIOS, IN_PROCESS_OPTIONS, Plan
 
@@ -34,6 +55,8 @@ class State:
         self.phase: Any = None
         self.weights = "initial"
         """Which weights the running engine's model holds."""
+        self.recorder: modules.EngineRecorder | None = None
+        """Attached to engines that start while there is one."""
         self._targets: dict[str, Any] = {}
         self._engine: Any = None
 
@@ -55,6 +78,8 @@ class State:
         with self.phase("starting the engine"):
             self._engine = _vllm.start_engine(spec.directory, **{"dtype": spec.dtype, "seed": spec.seed, **options})
         self.weights = "initial"
+        if self.recorder is not None:
+            self.recorder.attach(self._engine)
         return self._engine
 
     def refit(self, spec: Spec, weights: str) -> None:
@@ -165,26 +190,81 @@ def gradients_of(state: State, spec: Spec) -> Gradients:
             return gradients.measure(built, spec.seed)
 
 
+def code_checkpoint(state: State, spec: Spec) -> tuple[dict[str, CodedTensor], str]:
+    """Number every element of the checkpoint: (codes, ""), or why that cannot be done: ({}, reason)."""
+    with state.phase("coding the checkpoint"):
+        try:
+            return coding.coded(Path(spec.directory)), ""
+        except coding.TooLarge as error:
+            return {}, str(error)
+
+
+def audit_weights(
+    state: State, spec: Spec, codes: Mapping[str, CodedTensor], tensor_parallel_size: int, probe: bool, port: int
+) -> WeightAudit:
+    """What this rank of vLLM's workers loads of the coded checkpoint."""
+    state.register(spec)
+    _take_rank(state, tensor_parallel_size, port)
+    with state.phase("loading the coded checkpoint"):
+        return weights_audit.audit(
+            spec.directory, codes, tensor_parallel_size=tensor_parallel_size, rank=state.rank, probe=probe
+        )
+
+
+def parallel_gradients_of(
+    state: State, spec: Spec, codes: Mapping[str, CodedTensor], tensor_parallel_size: int
+) -> RankGradients:
+    """Train the target standalone as one rank of a group, in float64."""
+    target = state.target(spec)
+    state.register(spec)
+    with state.phase("measuring gradients"):
+        return parallel_gradients.measure(
+            target,
+            spec.directory,
+            codes,
+            tensor_parallel_size=tensor_parallel_size,
+            rank=state.rank,
+            rendezvous=f"file://{spec.directory}/rendezvous{tensor_parallel_size}",
+            seed=spec.seed,
+        )
+
+
+def _take_rank(state: State, tensor_parallel_size: int, port: int) -> None:
+    """Let vLLM in this process be this rank of so many, as an external launcher would."""
+    rank = str(state.rank if tensor_parallel_size > 1 else 0)
+    os.environ.update(
+        RANK=rank,
+        LOCAL_RANK=rank,
+        WORLD_SIZE=str(tensor_parallel_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+
+
 def generate(
-    state: State, spec: Spec, plan: Plan, tensor_parallel_size: int, scenarios: Sequence[str], rendezvous_port: int
+    state: State, spec: Spec, plan: Plan, tensor_parallel_size: int, scenarios: Sequence[str], ports: Sequence[int]
 ) -> dict[str, list[Trace]]:
-    """Run scenarios through in-process engines, or through this rank of them; traces by scenario, one per pass."""
+    """Run scenarios through in-process engines, or through this rank of them; traces by scenario, one per pass.
+
+    Every engine has a rendezvous port of its own: on a shared one, a rank that is ahead can meet the addresses
+    of the engine before.
+    """
     collective = tensor_parallel_size > 1
     os.environ.update(
         RANK=str(state.rank if collective else 0),
         LOCAL_RANK=str(state.rank if collective else 0),
         WORLD_SIZE=str(tensor_parallel_size),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(rendezvous_port),
     )
     launcher = {"distributed_executor_backend": "external_launcher"} if collective else {}
     common = {"max_model_len": plan.max_model_len, "kv_cache_memory_bytes": plan.kv_cache_bytes}
     traces: dict[str, list[Trace]] = {}
     llm, running = None, None
-    for scenario in (ENGINE_SCENARIOS[name] for name in scenarios):
+    for scenario, port in zip((ENGINE_SCENARIOS[name] for name in scenarios), ports, strict=True):
         options = {**IN_PROCESS_OPTIONS, **common, **launcher, **scenario.options(plan)}
         if options != running:
             state.stop_engine()
+            os.environ["MASTER_PORT"] = str(port)
             llm, running = state.start_engine(spec, tensor_parallel_size=tensor_parallel_size, **options), options
         traces[scenario.name] = []
         for through in scenario.passes:
@@ -196,17 +276,18 @@ def generate(
     return traces
 
 
-def deploy(state: State, spec: Spec, plan: Plan, tensor_parallel_size: int) -> dict[str, list[Trace]]:
-    """What users deploy: `LLM(model, tensor_parallel_size=N)` with the default executor and spawned workers."""
+def deploy(state: State, spec: Spec, plan: Plan, kept_as: str, parallel: dict[str, int]) -> dict[str, list[Trace]]:
+    """What users deploy: `LLM(model, tensor_parallel_size=N)` with the default executor and spawned workers.
+
+    `parallel` are the engine's parallel sizes, such as {"tensor_parallel_size": 2}.
+    """
     changes: dict[str, str | None] = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     with engine.environment({**changes, **engine.DEPLOYED_ENVIRONMENT}):
-        llm = state.start_engine(
-            spec, tensor_parallel_size=tensor_parallel_size, kv_cache_memory_bytes=plan.deployed_kv_cache_bytes
-        )
-        with state.phase("generating (deployed)"):
-            found = engine.trace(llm, DEPLOYED, plan, rank=0, in_process=False)
+        llm = state.start_engine(spec, kv_cache_memory_bytes=plan.deployed_kv_cache_bytes, **parallel)
+        with state.phase(f"generating ({kept_as})"):
+            found = engine.trace(llm, replace(DEPLOYED, name=kept_as), plan, rank=0, in_process=False)
         state.stop_engine()
-    return {DEPLOYED.name: [found]}
+    return {kept_as: [found]}
 
 
 def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], weights: str, dtype: str) -> ReferenceRun:
@@ -215,7 +296,7 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], we
     target = _resolve(spec.reference) if spec.reference is not None else state.target(spec)
     state.register(spec)
     rounded = {name: t.to(DTYPES[dtype]) for name, t in checkpoint.read_weights(_weights_of(spec, weights)).items()}
-    higher = "float64" if dtype == "float32" else "float32"
+    higher = _higher(dtype)
     runs: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
     native = False
     with state.phase("running the reference"):
@@ -238,6 +319,72 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], we
         noise_max={s: error.amax(-1).float() for s, error in errors.items()},
         noise_mean={s: error.mean(-1).float() for s, error in errors.items()},
     )
+
+
+def record_modules(
+    state: State,
+    spec: Spec,
+    plan: Plan,
+    tensor_parallel_size: int,
+    recorded: str,
+    ports: Sequence[int],
+    positions: Mapping[tuple[int, ...], frozenset[int]],
+) -> tuple[str, ModuleRecord]:
+    """Run a scenario once more on this rank and keep what every module did: (dtype, record)."""
+    recorder = state.recorder = modules.EngineRecorder(positions)
+    try:
+        # The recorder reads the batches of the first of vLLM's two model runners.
+        with engine.environment({"VLLM_USE_V2_MODEL_RUNNER": "0"}):
+            traces = generate(state, spec, plan, tensor_parallel_size, [recorded], ports)[recorded]
+    finally:
+        state.recorder = None
+    return traces[0].proof.dtype, recorder.record(traces, state.rank)
+
+
+def reference_modules(
+    state: State, spec: Spec, sequences: Sequence[RecordedSequence], positions: Sequence[frozenset[int]], dtype: str
+) -> ModuleRecord:
+    """The same of the reference, teacher-forced on `sequences` in both precisions, at `positions` of each."""
+    target = _resolve(spec.reference) if spec.reference is not None else state.target(spec)
+    state.register(spec)
+    records: list[ModuleRecord] = []
+    with state.phase("recording the reference"):
+        for precision in (dtype, _higher(dtype)):
+            parts = [
+                _record_reference(spec, target, weights, sequences, positions, (dtype, precision))
+                for weights in dict.fromkeys(sequence.weights for sequence in sequences)
+            ]
+            records.append(modules.one_after_another(parts))
+    tested, higher = records
+    return replace(higher, points=modules.with_noise(tested.points, higher.points))
+
+
+def _record_reference(
+    spec: Spec,
+    target: Any,
+    weights: str,
+    sequences: Sequence[RecordedSequence],
+    positions: Sequence[frozenset[int]],
+    dtypes: tuple[str, str],
+) -> ModuleRecord:
+    """The sequences of one set of weights, which are rounded to the first dtype, computed in the second."""
+    tested, precision = (DTYPES[name] for name in dtypes)
+    rounded = {name: t.to(tested) for name, t in checkpoint.read_weights(_weights_of(spec, weights)).items()}
+    config = _vllm.model_config(spec.directory, "float32")
+    with standalone.build(target, config, precision) as built, torch.no_grad():
+        standalone.load(built, rounded)
+        recorder = modules.Recorder(built.model)
+        for number, (sequence, kept) in enumerate(zip(sequences, positions, strict=True)):
+            if sequence.weights == weights:
+                modules.begin_sequence(recorder, number, len(sequence.tokens), kept)
+                built.logits(torch.tensor(sequence.tokens))
+    return ModuleRecord(
+        rank=0, classes=recorder.classes, sequences=tuple(sequences), rows=recorder.rows, points=recorder.points()
+    )
+
+
+def _higher(dtype: str) -> str:
+    return "float64" if dtype == "float32" else "float32"
 
 
 def _weights_of(spec: Spec, weights: str) -> Path:

@@ -190,6 +190,8 @@ class Probe:
     dtype: str | None
     error: str | None = None
     """One line if the call raised or returned no tensor."""
+    reads: tuple[str, ...] = ()
+    """Names of the parameters it read, of embed_input_ids and compute_logits only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,8 +224,12 @@ class Inspection:
     vocab_size: int
     max_positions: int
     """Longest sequence, in tokens."""
+    supports_pipeline: bool
+    """Whether the class declares pipeline parallelism (vLLM's SupportsPP)."""
     ignores_config: bool
     """True if the factory never read its config, so that the geometry was inferred from the model."""
+    ties_embeddings: bool | None = None
+    """`tie_word_embeddings` in config.json; None if it says nothing."""
     notes: tuple[str, ...] = ()
 
 
@@ -283,12 +289,19 @@ class Gradients:
     """Loss before each optimiser step on one batch, and after the last."""
 
 
+PADDING = 0
+CHANGED = -1
+UNLOADED = -2
+"""What stands in `codes` where no checkpoint element does: a zero, another value, a poison nothing was loaded over."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedTensor:
     """One checkpoint tensor in which every element is a number of its own: `first_code` + its flat index.
 
-    Codes are unique over the whole checkpoint and exact in float32, so that after loading each local
-    element tells where it came from. Codes begin at 1; 0 is padding.
+    Codes begin at 1 and are unique over the whole checkpoint, but for matrices that were equal in the
+    original one (a head that repeats the embedding): these share their codes. After loading, each local
+    element tells where it came from.
     """
 
     shape: tuple[int, ...]
@@ -296,21 +309,48 @@ class CodedTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Omission:
+    """What loading made of a checkpoint without one of its tensors."""
+
+    tensor: str
+    refused: str | None
+    """What was raised, in one line; None if nothing was."""
+    left: tuple[str, ...]
+    """Parameters that nothing was loaded into."""
+    exempt: bool
+    """Whether the tensor belongs to a layer of vLLM's own that vLLM's guard against missing weights skips."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProbes:
+    """How loading takes checkpoints that do not fit the model."""
+
+    unrepeatable: str
+    """What a second load of the right checkpoint raised, so that nothing else could be tried; else empty."""
+    unknown: str = ""
+    """The name of a tensor that the model does not have."""
+    unknown_refused: str | None = None
+    """What loading it raised, in one line; None if it was taken silently."""
+    omissions: tuple[Omission, ...] = ()
+    """One per kind of tensor: names that differ in a number only, such as a layer's, are one kind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightAudit:
-    """What one rank of an engine holds after loading the coded checkpoint into a poisoned model."""
+    """What one rank of vLLM's workers holds after loading the coded checkpoint into a poisoned model."""
 
     tensor_parallel_size: int
     rank: int
+    world_size: int
+    """As vLLM counts it: proof of how the model was really sharded."""
     codes: dict[str, torch.Tensor]
-    """int64, of the local shape, by parameter (and persistent buffer) name; -1 where a value is no code."""
-    unloaded: tuple[str, ...]
-    """Parameters in which the poison (NaN) is still there, with how many elements."""
+    """int32, of the local shape, by parameter name, and by name of persistent buffers that loading changed."""
     tied: tuple[tuple[str, ...], ...]
     """Groups of parameter names that share memory."""
-    unknown_refused: str | None
-    """What `load_weights` raised for a tensor the model does not have; None if it took it silently."""
-    missing_refused: str | None
-    """What loading raised for a checkpoint without one of the tensors; None if nobody noticed."""
+    attention: tuple[AttentionInfo, ...]
+    """The KV-cached attention layers of this rank."""
+    probes: LoadProbes | None
+    """At tensor-parallel size 1 only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,9 +364,77 @@ class RankGradients:
     rank: int
     loss: float
     codes: dict[str, torch.Tensor]
-    """int64, of the local shape: see WeightAudit."""
+    """int32, of the local shape: see WeightAudit."""
     gradients: dict[str, torch.Tensor | None]
-    """float64, of the local shape; None where backward left none."""
+    """float64, of the local shape, of every trainable parameter; None where backward left none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One tensor on its way into or out of one module, by token.
+
+    `module` is "" for the model itself and "compute_logits" for that method.
+    """
+
+    module: str
+    kind: Literal["input", "output"]
+    part: str
+    """Which of several tensors: a position or a keyword, such as "0", "2", "cos" or "1.0"."""
+    call: int
+    """0 unless a forward pass calls the module several times."""
+    caller: str | None
+    """The module whose own code made the call; None for the model itself."""
+    rows: torch.Tensor
+    """[N] int64, which rows of `ModuleRecord.rows`."""
+    values: torch.Tensor
+    """[N, n] float32."""
+    columns: torch.Tensor | None = None
+    """[n] int64, which of the full tensor's columns this rank holds, where the module declares it; -1 is padding."""
+    noise: torch.Tensor | None = None
+    """[N] float32, of a reference: its largest error in the tested dtype at each row."""
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """The same for the same tensor on all ranks and in the reference."""
+        return self.module, self.kind, self.part, self.call
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedSequence:
+    """The tokens that one request's rows were computed from."""
+
+    request: str
+    weights: str
+    """As `Trace.weights`."""
+    prompt: int
+    """Length of the prompt."""
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleRecord:
+    """What every module of one rank, or of the reference, was given and gave."""
+
+    rank: int
+    classes: dict[str, str]
+    """Class name of every module of the model."""
+    sequences: tuple[RecordedSequence, ...]
+    rows: torch.Tensor
+    """[R, 4] int64: index into `sequences`, position, forward pass, and the first position this pass computed of it."""
+    points: tuple[Point, ...]
+    """In order of execution."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleRun:
+    """A scenario run once more with every module recorded, next to the reference on the same tokens."""
+
+    scenario: str
+    tensor_parallel_size: int
+    dtype: str
+    ranks: tuple[ModuleRecord, ...]
+    reference: ModuleRecord
+    """In higher precision."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,8 +466,10 @@ class Evidence:
     references: dict[tuple[str, str], ReferenceRun | Failure] = field(default_factory=dict)
     """The same for other weights or dtypes, keyed (`Trace.weights`, `Proof.dtype`)."""
     coded_checkpoint: dict[str, CodedTensor] = field(default_factory=dict)
+    uncoded: str = ""
+    """Why there is no coded checkpoint, and so no evidence of weights and parallel gradients."""
     weights: dict[int, tuple[WeightAudit, ...] | Failure] = field(default_factory=dict)
-    """By tensor-parallel size, one audit per rank."""
+    """By tensor-parallel size, 1 always among them; one audit per rank."""
     parallel_gradients: dict[int, tuple[RankGradients, ...] | Failure] = field(default_factory=dict)
     """By tensor-parallel size, 1 always among them; one per rank."""
     traces: dict[tuple[str, int], tuple[Trace, ...] | Failure] = field(default_factory=dict)

@@ -29,14 +29,13 @@ def measure(built: Standalone, seed: int) -> Gradients:
     """All gradient evidence of a loaded float64 model at TP=1; its weights end as they began."""
     model = built.model
     generator = torch.Generator().manual_seed(seed)
-    vocab = built.logits(torch.tensor([0])).shape[-1]
-    batch = [torch.randint(vocab, (length,), generator=generator) for length in LENGTHS]
+    batch = training_batch(built, generator)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     model.eval()
     model.zero_grad(set_to_none=True)
     with _attention_inputs(model) as inputs:
-        loss = _loss(built, batch)
+        loss = training_loss(built, batch)
         if loss.requires_grad:
             loss.backward()
     value = float(loss.detach())
@@ -68,7 +67,13 @@ def measure(built: Standalone, seed: int) -> Gradients:
     )
 
 
-def _loss(built: Standalone, batch: list[torch.Tensor]) -> torch.Tensor:
+def training_batch(built: Standalone, generator: torch.Generator) -> list[torch.Tensor]:
+    """Random token sequences [T] of the LENGTHS, the same for the same seed and vocabulary."""
+    vocab = built.logits(torch.tensor([0])).shape[-1]
+    return [torch.randint(vocab, (length,), generator=generator) for length in LENGTHS]
+
+
+def training_loss(built: Standalone, batch: list[torch.Tensor]) -> torch.Tensor:
     """Mean next-token cross-entropy over the batch's sequences, each run on its own."""
     return torch.stack([F.cross_entropy(built.logits(tokens[:-1]), tokens[1:]) for tokens in batch]).mean()
 
@@ -135,7 +140,7 @@ def _directional(
 
     def at(step: float) -> float:
         parameter.copy_(original + step * direction)
-        return float(_loss(built, batch))
+        return float(training_loss(built, batch))
 
     def central(step: float) -> float:
         return (at(step) - at(-step)) / (2 * step)
@@ -265,7 +270,7 @@ def _optimise(built: Standalone, batch: list[torch.Tensor]) -> tuple[float, ...]
         optimiser = torch.optim.Adam(parameters, lr=LEARNING_RATE)
         for _ in range(STEPS):
             optimiser.zero_grad()
-            loss = _loss(built, batch)
+            loss = training_loss(built, batch)
             losses.append(float(loss.detach()))
             if not loss.requires_grad:
                 break
@@ -273,6 +278,6 @@ def _optimise(built: Standalone, batch: list[torch.Tensor]) -> tuple[float, ...]
             optimiser.step()
         optimiser.zero_grad()
     with torch.no_grad():
-        losses.append(float(_loss(built, batch)))
+        losses.append(float(training_loss(built, batch)))
     built.model.load_state_dict(before)
     return tuple(losses)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import json
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from genmodel.modeling import _vllm
 from genmodel.modeling.attention import TrainableAttention
@@ -55,7 +60,7 @@ def inspect_target(target: Any, model_dir: str, arch: str) -> tuple[Inspection, 
         parameters = _parameters(first.model)
         problems = interface_problems(first.model)
         embed, forward, logits = _probe(first)
-        attention = tuple(_attention(first.model))
+        attention = tuple(attention_layers(first.model))
         unregistered = tuple(_unregistered(first.model))
         model_class = f"{type(first.model).__module__}.{type(first.model).__qualname__}"
         native = first.native
@@ -72,7 +77,8 @@ def inspect_target(target: Any, model_dir: str, arch: str) -> tuple[Inspection, 
         ignores = moved is not None and moved == rebuilt
     if not ignores:
         geometry = {}
-    accepted, said = _vllm.is_text_generation_model(as_model_class(target, name=arch))
+    model_class_for_vllm = as_model_class(target, name=arch)
+    accepted, said = _vllm.is_text_generation_model(model_class_for_vllm)
     return Inspection(
         kind=kind(target),
         signature=f"{getattr(target, '__name__', type(target).__name__)}{inspect.signature(target)}",
@@ -92,7 +98,9 @@ def inspect_target(target: Any, model_dir: str, arch: str) -> tuple[Inspection, 
         hidden_size=geometry.get("hidden_size", hf_config.hidden_size),
         vocab_size=geometry.get("vocab_size", hf_config.vocab_size),
         max_positions=geometry.get("max_position_embeddings", configured),
+        supports_pipeline=_vllm.supports_pipeline(model_class_for_vllm),
         ignores_config=ignores,
+        ties_embeddings=json.loads(Path(model_dir, "config.json").read_text()).get("tie_word_embeddings"),
         notes=tuple(
             f"{name} is {value}, taken from the model: it does not read its config" for name, value in geometry.items()
         ),
@@ -142,6 +150,23 @@ def _parameters(model: nn.Module) -> dict[str, ParameterInfo]:
     }
 
 
+class _Reads(TorchFunctionMode):
+    """Which of a model's parameters are read while this is entered, by all their names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._named = list(model.named_parameters(remove_duplicate=False))
+        self._seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._seen |= {id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, nn.Parameter)}
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, parameter in self._named if id(parameter) in self._seen)
+
+
 def _probe(built: standalone.Standalone) -> tuple[Probe, Probe, Probe]:
     ids, positions = torch.arange(PROBE_TOKENS), torch.arange(PROBE_TOKENS)
     model: Any = built.model
@@ -152,10 +177,17 @@ def _probe(built: standalone.Standalone) -> tuple[Probe, Probe, Probe]:
         return hidden[0]
 
     n = PROBE_TOKENS
-    embed = _call(f"embed_input_ids(input_ids[{n}])", lambda: (embedding_method(model) or model.embed_input_ids)(ids))
+    with _Reads(built.model) as reads:
+        embed = _call(f"embed_input_ids(input_ids[{n}])", lambda: _embedding(model)(ids))
+    embed = replace(embed, reads=reads.names)
     ran = _call(f"forward(input_ids=[{n}], positions=[{n}])", forward)
-    logits = _call(f"compute_logits(hidden_states[{n}, hidden])", lambda: model.compute_logits(hidden[0]))
-    return embed, ran, logits
+    with _Reads(built.model) as reads:
+        logits = _call(f"compute_logits(hidden_states[{n}, hidden])", lambda: model.compute_logits(hidden[0]))
+    return embed, ran, replace(logits, reads=reads.names)
+
+
+def _embedding(model: Any) -> Callable[..., Any]:
+    return embedding_method(model) or model.embed_input_ids
 
 
 def _call(call: str, function: Callable[[], Any]) -> Probe:
@@ -170,7 +202,8 @@ def _call(call: str, function: Callable[[], Any]) -> Probe:
     return Probe(call=call, shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."))
 
 
-def _attention(model: nn.Module) -> Iterator[AttentionInfo]:
+def attention_layers(model: nn.Module) -> Iterator[AttentionInfo]:
+    """The attention layers of a built model; inside vLLM one of ours is followed by vLLM's own inside it."""
     for name, module in model.named_modules():
         layer: Any = module
         if isinstance(module, TrainableAttention):

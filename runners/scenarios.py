@@ -211,6 +211,15 @@ CACHING = {"enable_prefix_caching": True}
 DEPLOYED = Pass(name="deployed", batches=_together)
 
 
+def pipeline_unproven(traces: Sequence[Trace]) -> str:
+    """Whether a trace comes from two spawned workers with half of the layers each."""
+    (trace,) = traces
+    proof = trace.proof
+    if proof.world_size != 2 or proof.tensor_parallel_size != 1 or len(set(proof.worker_pids)) != 2:
+        return f"world size {proof.world_size}, {len(set(proof.worker_pids))} workers"
+    return "" if proof.start_method == "spawn" else f"the workers were not spawned: {proof.start_method}"
+
+
 def _refit_pass(name: str, weights: str) -> Pass:
     return Pass(name=f"refit.{name}", batches=_few, weights=weights, score_prompt=False)
 
@@ -272,5 +281,14 @@ ENGINE_SCENARIOS = {
 }
 """By name, in the order they are run in: neighbours with the same options share an engine."""
 
-SCENARIOS = ("inspection", "gradients", "parallel_gradients", "weights", "reference", *ENGINE_SCENARIOS, "deployed")
+SCENARIOS = (
+    "inspection",
+    "gradients",
+    "parallel_gradients",
+    "weights",
+    "reference",
+    *ENGINE_SCENARIOS,
+    "deployed",
+    "pipeline",
+)
 """Everything a check can ask for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -15,10 +16,18 @@ from typing import Any
 
 import cloudpickle
 
-from genmodel.runners.evidence import Evidence, Failure, Inspection, TargetInfo, Trace
+from genmodel.runners.evidence import Evidence, Failure, Inspection, ModuleRun, TargetInfo, Trace, WeightAudit
 from genmodel.runners.pool import Job, Pool, Result
 from genmodel.runners.protocol import Command, Spec
-from genmodel.runners.scenarios import ENGINE_SCENARIOS, SCENARIOS, Plan, deployed_unproven, plan
+from genmodel.runners.recorded import recorded_positions
+from genmodel.runners.scenarios import (
+    ENGINE_SCENARIOS,
+    SCENARIOS,
+    Plan,
+    deployed_unproven,
+    pipeline_unproven,
+    plan,
+)
 
 DEADLINE = 300.0
 """Seconds any one command may take; the slowest, starting a default engine, takes about 30 on two cores."""
@@ -117,6 +126,21 @@ class Session:
         target.collect(set(scenarios))
         return target.evidence
 
+    def diagnose(
+        self, options: TargetOptions, scenario: str, size: int, focus: tuple[str, int] | None = None
+    ) -> ModuleRun | Failure:
+        """Run a scenario once more, recording every module on every rank and in the reference.
+
+        What comes back is tens of megabytes, and is not kept here.
+
+        Args:
+            options: the target.
+            scenario: one of ENGINE_SCENARIOS.
+            size: tensor-parallel size.
+            focus: a request's name and a position known to be wrong, to be recorded even where not all of it can be.
+        """
+        return self._target(options).diagnose(scenario, size, focus)
+
     def close(self) -> None:
         """End the hosts; leaves no process behind."""
         if self._pool is not None:
@@ -211,8 +235,40 @@ class _Target:
         drafted = plan(inspection, self._options.seed)
         self.evidence.requests = drafted.requests
         self._run(inspection, drafted, wanted)
-        if "reference" in self._done and wanted & {"reference", "deployed", *ENGINE_SCENARIOS}:
+        if "reference" in self._done and wanted & {"reference", "deployed", "pipeline", *ENGINE_SCENARIOS}:
             self._refer(drafted)
+
+    def diagnose(self, scenario: str, size: int, focus: tuple[str, int] | None) -> ModuleRun | Failure:
+        """Every module of one scenario, on every rank and in the reference."""
+        inspection = self.evidence.inspection
+        if inspection is None or isinstance(inspection, Failure):
+            return inspection or Failure(kind="proof", scenario=scenario, message="the model was not inspected")
+        self._say(f"diagnosis: {scenario} at TP={size} once more, recording every module")
+        drafted = plan(inspection, self._options.seed)
+        positions = recorded_positions(inspection, drafted, scenario, focus)
+        command = self._command(
+            "record_modules",
+            scenario,
+            plan=drafted,
+            tensor_parallel_size=size,
+            recorded=scenario,
+            ports=_free_ports(1),
+            positions=positions,
+        )
+        results = self._wait(self._pool.begin(command, range(size)), f"diagnosis of TP={size}")
+        if (failure := _first_failure(results)) is not None:
+            return failure
+        dtypes, ranks = zip(*(results[rank].value for rank in sorted(results)), strict=True)
+        # Ranks that disagree may have generated different tokens.
+        made = {(s.weights, s.tokens): s for record in ranks for s in record.sequences}
+        sequences = list(made.values())
+        kept = [positions.get(s.tokens[: s.prompt], frozenset()) for s in sequences]
+        reference = self._ask("reference_modules", "reference", sequences=sequences, positions=kept, dtype=dtypes[0])
+        if isinstance(reference, Failure):
+            return reference
+        return ModuleRun(
+            scenario=scenario, tensor_parallel_size=size, dtype=dtypes[0], ranks=ranks, reference=reference
+        )
 
     def _inspect(self) -> None:
         self._say("building and inspecting the model, making its checkpoint")
@@ -220,15 +276,16 @@ class _Target:
 
     def _blame(self, failure: Failure, scenarios: set[str]) -> None:
         """Every scenario of a model that does not build fails for that reason."""
-        if "gradients" in scenarios:
-            self.evidence.gradients = replace(failure, scenario="gradients")
-        if "reference" in scenarios:
-            self.evidence.reference = replace(failure, scenario="reference")
-        for name in scenarios & {"deployed", *ENGINE_SCENARIOS}:
-            for size in self._options.tensor_parallel_sizes:
-                if name != "deployed" or size == self._deployed_size:
-                    for key in _pass_names(name):
-                        self.evidence.traces[key, size] = replace(failure, scenario=name)
+        sizes = self._options.tensor_parallel_sizes
+        for name in scenarios - {"inspection"}:
+            why = replace(failure, scenario=name)
+            if name in ("gradients", "reference"):
+                setattr(self.evidence, name, why)
+            elif name in ("weights", "parallel_gradients"):
+                getattr(self.evidence, name).update(dict.fromkeys({1, *sizes}, why))
+            else:
+                at = {"deployed": (self._deployed_size,), "pipeline": (1,)}.get(name, sizes)
+                self.evidence.traces.update({(key, size): why for key in _pass_names(name) for size in at})
 
     @property
     def _deployed_size(self) -> int:
@@ -247,15 +304,50 @@ class _Target:
         if "gradients" in wanted and not inspection.native:
             self._say("standalone training: gradients in float64")
             self.evidence.gradients = self._ask("gradients_of", "gradients")
+        self._compare_ranks(1, inspection, wanted)
         if "deployed" in wanted and deployed is None:
             deployed = self._deploy(drafted, 0)
         if deployed is not None:
             self._keep("deployed", self._deployed_size, self._wait(deployed, "deployed"), deployed_unproven)
+        if "pipeline" in wanted and inspection.supports_pipeline:
+            self._deploy_pipeline(drafted)
         for size in sizes:
             if engines and size > 1:
                 self._generate(drafted, size, engines)
+            if size > 1:
+                self._compare_ranks(size, inspection, wanted)
+
+    def _compare_ranks(self, size: int, inspection: Inspection, wanted: set[str]) -> None:
+        """What needs the coded checkpoint; at TP=1 also where that was not asked for, to compare ranks with."""
+        audited = "weights" in wanted
+        trained = "parallel_gradients" in wanted and not inspection.native
+        if not (audited or trained):
+            return
+        if not self.evidence.coded_checkpoint and not self.evidence.uncoded:
+            found = self._ask("code_checkpoint", "weights")
+            if isinstance(found, Failure):
+                self._blame(found, wanted & {"weights", "parallel_gradients"})
+                return
+            self.evidence.coded_checkpoint, self.evidence.uncoded = found
+        codes = self.evidence.coded_checkpoint
+        if audited and codes:
+            self._say(f"vLLM at TP={size}: loading a checkpoint in which every element has its number")
+            port = _free_ports(1)[0]
+            audits = self._on_ranks("audit_weights", "weights", size, codes=codes, probe=size == 1, port=port)
+            self.evidence.weights[size] = _proven(audits, size)
+        if trained and codes:
+            self._say(f"standalone training at TP={size}: gradients of every rank")
+            ranks = self._on_ranks("parallel_gradients_of", "parallel_gradients", size, codes=codes)
+            self.evidence.parallel_gradients[size] = ranks
+
+    def _on_ranks(self, name: str, scenario: str, size: int, **arguments: Any) -> Any:
+        """Every rank's answer, or the one Failure."""
+        command = self._command(name, scenario, tensor_parallel_size=size, **arguments)
+        results = self._wait(self._pool.begin(command, range(size)), f"{scenario} at TP={size}")
+        return _first_failure(results) or tuple(results[rank].value for rank in sorted(results))
 
     def _generate(self, drafted: Plan, size: int, names: list[str]) -> None:
+        """Run scenarios in as few engines as they need; if any fails, each apart, to tell which."""
         self._say(f"vLLM at TP={size}: {', '.join(names)}")
         command = self._command(
             "generate",
@@ -263,16 +355,28 @@ class _Target:
             plan=drafted,
             tensor_parallel_size=size,
             scenarios=names,
-            rendezvous_port=_free_port(),
+            ports=_free_ports(len(names)),
         )
         results = self._wait(self._pool.begin(command, range(size)), f"TP={size}")
+        if len(names) > 1 and _first_failure(results) is not None:
+            for name in names:
+                self._generate(drafted, size, [name])
+            return
         for name in names:
             self._keep(name, size, results, ENGINE_SCENARIOS[name].unproven)
 
     def _deploy(self, drafted: Plan, rank: int) -> Job:
         size = self._deployed_size
         self._say(f"vLLM as deployed: LLM(tensor_parallel_size={size}), default executor and options")
-        return self._pool.begin(self._command("deploy", "deployed", plan=drafted, tensor_parallel_size=size), [rank])
+        parallel = {"tensor_parallel_size": size}
+        command = self._command("deploy", "deployed", plan=drafted, kept_as="deployed", parallel=parallel)
+        return self._pool.begin(command, [rank])
+
+    def _deploy_pipeline(self, drafted: Plan) -> None:
+        self._say("vLLM as deployed: LLM(pipeline_parallel_size=2)")
+        parallel = {"pipeline_parallel_size": 2}
+        command = self._command("deploy", "pipeline", plan=drafted, kept_as="pipeline", parallel=parallel)
+        self._keep("pipeline", 1, self._wait(self._pool.begin(command, [0]), "pipeline"), pipeline_unproven)
 
     def _keep(
         self, name: str, size: int, results: Mapping[int, Result], unproven: Callable[[Sequence[Trace]], str]
@@ -330,6 +434,13 @@ class _Target:
         self._seconds[phase] = max(seconds, self._seconds.get(phase, 0.0))
 
 
+def _proven(audits: tuple[WeightAudit, ...] | Failure, size: int) -> tuple[WeightAudit, ...] | Failure:
+    """The audits, if the workers were as many as asked for."""
+    if isinstance(audits, Failure) or all(audit.world_size == size for audit in audits):
+        return audits
+    return Failure(kind="proof", scenario="weights", message=f"asked for {size} ranks, had {audits[0].world_size}")
+
+
 def _pass_names(scenario: str) -> list[str]:
     """The keys a scenario's traces are kept under."""
     known = ENGINE_SCENARIOS.get(scenario)
@@ -367,8 +478,10 @@ def _explain(failure: Failure) -> str:
     return failure.message
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]

@@ -46,8 +46,10 @@ def needs_vllm(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def build(target: Any, vllm_config: Any, dtype: torch.dtype) -> Iterator[Standalone]:
-    """Build a target as plain PyTorch at TP=1; vLLM's own layers are evaluated with SDPA.
+def build(
+    target: Any, vllm_config: Any, dtype: torch.dtype, context: ParallelContext | None = None
+) -> Iterator[Standalone]:
+    """Build a target as plain PyTorch; vLLM's own layers are evaluated with SDPA.
 
     The factory is first called with no trace of vLLM around it, as training code calls it. Only if the
     target is a vLLM-style class, or vLLM's code itself asks for its context, is a world of one set up.
@@ -56,15 +58,17 @@ def build(target: Any, vllm_config: Any, dtype: torch.dtype) -> Iterator[Standal
         target: the factory or class.
         vllm_config: what it receives as `vllm_config`.
         dtype: default dtype during the build, and of every floating-point parameter after it.
+        context: what it receives as `parallel_context`; None means TP=1.
 
     Raises:
         Exception: whatever the factory raises.
     """
+    context = context if context is not None else ParallelContext()
     vllm_config.model_config.dtype = dtype
     if not is_vllm_style(target):
         try:
             with default_dtype(dtype), _vllm.standalone():
-                model = call_factory(target, vllm_config, ParallelContext())
+                model = call_factory(target, vllm_config, context)
         except Exception as error:
             if not needs_vllm(error):
                 raise
@@ -73,7 +77,7 @@ def build(target: Any, vllm_config: Any, dtype: torch.dtype) -> Iterator[Standal
             return
     with _vllm.native_world(vllm_config), default_dtype(dtype):
         vllm_config.compilation_config.static_forward_context.clear()
-        model = call_factory(target, vllm_config, ParallelContext())
+        model = call_factory(target, vllm_config, context)
         _vllm.use_plain_linear(model)
         native = [module for module in model.modules() if _vllm.is_attention(module)]
         for module in native:

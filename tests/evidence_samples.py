@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import coded_samples
 from genmodel.conformance.alignment import Phase
 from genmodel.runners.evidence import (
     AttentionInfo,
@@ -136,10 +137,14 @@ def clean(
             ("alone", 1): engine("alone", 1, 1),
             ("alone", 2): engine("alone", 2, 2),
             ("deployed", 2): engine("deployed", 2, 1),
+            ("pipeline", 1): engine("pipeline", 1, 1),
             **{(name, size): engine(name, size, size) for name in IN_PROCESS for size in (1, 2)},
             **{("bfloat16", size): rounded("bfloat16", size, size) for size in (1, 2)},
         },
         references={("refit", dtype): moved, ("initial", "bfloat16"): half},
+        coded_checkpoint=coded_samples.coded_checkpoint(),
+        weights=dict(coded_samples.audits()),
+        parallel_gradients=dict(coded_samples.parallel_gradients()),
         seconds={"import": 3.0, "generate": 1.5},
         environment={"python": "3.11.7", "torch": "2.13.0+cpu", "vllm": "0.32.0"},
     )
@@ -407,6 +412,9 @@ FAILING: Mapping[str, Mapping[str, Corruption]] = {
         "restored": lambda e: change_scores(e, scaled(1.001), scenario="refit.restored"),
         "again": lambda e: change_scores(e, shifted(1e-3), scenario="refit.again", sizes=(2,)),
     },
+    "deployment.pipeline": {
+        "stages": lambda e: change_scores(e, shifted(1e-3), scenario="pipeline", phases=(Phase.FIRST,)),
+    },
     "deployment.compiled": {
         "values": lambda e: change_scores(e, shifted(1e-3), scenario="compiled", phases=(Phase.DECODE,)),
         "tokens": lambda e: change_scores(e, swapped(0, 1), scenario="compiled", phases=(Phase.PROMPT,)),
@@ -471,6 +479,7 @@ FAILING: Mapping[str, Mapping[str, Corruption]] = {
         "shifted": lambda e: change_scores(e, shifted(1e-3), scenario="deployed"),
         "NaN": lambda e: change_scores(e, spoiled(float("nan")), scenario="deployed"),
     },
+    **coded_samples.FAILING,
 }
 """By check: evidence that must fail it, each made from clean evidence and named for what is wrong."""
 
@@ -576,14 +585,16 @@ def _inspection(vocabulary: int) -> Inspection:
         rebuilt_parameters=dict(parameters),
         unregistered=(),
         attention=_prefixed("layers.0.attn", "layers.1.attn"),
-        embed=_probe((7, HIDDEN)),
+        embed=replace(_probe((7, HIDDEN)), reads=("embed.weight",)),
         forward=_probe((7, HIDDEN)),
-        logits=_probe((7, vocabulary)),
+        logits=replace(_probe((7, vocabulary)), reads=("head.weight",)),
         probe_tokens=7,
         hidden_size=HIDDEN,
         vocab_size=vocabulary,
         max_positions=35 + GENERATED,
+        supports_pipeline=True,
         ignores_config=False,
+        ties_embeddings=False,
     )
 
 

@@ -42,6 +42,12 @@ class FakeSession:
         found = replace(evidence_samples.clean(), target=self.resolve(options))
         return BREAKS[options.spec](found) if options.spec in BREAKS else found
 
+    def diagnose(
+        self, options: TargetOptions, scenario: str, size: int, focus: tuple[str, int] | None = None
+    ) -> Failure:
+        self._log(f"diagnose {options.spec} {scenario} {size} {focus}")
+        return Failure(kind="raised", scenario=scenario, message="nothing runs here")
+
     def close(self) -> None:
         self._log("close")
 

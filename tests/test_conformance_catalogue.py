@@ -78,6 +78,7 @@ def test_ids_are_frozen() -> None:
         "refit.identity",
         "refit.no_drift",
         "deployment.compiled",
+        "deployment.pipeline",
         "deployment.multiprocess",
     ]
 

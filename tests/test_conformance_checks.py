@@ -133,6 +133,8 @@ def without(evidence: Evidence, scenario: str, instead: Failure | None = None, s
     if scenario == "reference":
         others = {} if instead is None else dict.fromkeys(evidence.references, instead)
         return replace(evidence, reference=instead, references=others)
+    if scenario in ("weights", "parallel_gradients"):
+        return replace(evidence, **{scenario: {} if instead is None else dict.fromkeys((1, 2), instead)})
     if scenario in ("inspection", "gradients"):
         return replace(evidence, **{scenario: instead})
     traces = {

@@ -12,7 +12,13 @@ from genmodel.runners.session import Session, TargetOptions
 from mutants import MUTANTS, Mutant
 
 OPTIONS = {
-    m.name: TargetOptions(spec=f"mutant:{m.name}", target=m.factory, tensor_parallel_sizes=m.tp, reference=m.reference)
+    m.name: TargetOptions(
+        spec=f"mutant:{m.name}",
+        target=m.factory,
+        tensor_parallel_sizes=m.tp,
+        reference=m.reference,
+        config=m.config,
+    )
     for m in MUTANTS
 }
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from genmodel.conformance import agreement
-from genmodel.conformance.access import every_size, rank_zero, reference, sizes
+from genmodel.conformance.access import every_size, inspection, rank_zero, reference, sizes
 from genmodel.conformance.alignment import Phase, with_reference
 from genmodel.conformance.catalogue import check
-from genmodel.conformance.verdict import Measurement
+from genmodel.conformance.verdict import Measurement, NotApplicable
 from genmodel.runners.evidence import Evidence
 
 
@@ -32,6 +32,27 @@ def compiled(evidence: Evidence) -> Iterator[Measurement]:
             aligned = with_reference(reference(evidence), trace, phase)
             yield from agreement.max_difference(aligned)
             yield from agreement.greedy_rank(aligned)
+
+
+@check(needs=("inspection", "reference", "pipeline"))
+def pipeline(evidence: Evidence) -> Iterator[Measurement]:
+    """Split over two pipeline stages, a model that declares SupportsPP gives the reference's answers.
+
+    Usual causes:
+        `intermediate_tensors` are ignored or incomplete (the residual is missing); the embedding or the
+        last norm runs on the wrong stage; layers are numbered by stage instead of by model.
+    How to fix:
+        Follow vLLM's `make_layers` and `make_empty_intermediate_tensors`, or do not declare SupportsPP.
+    Reports:
+        vllm-ascend#3091 #12038
+    """
+    if not inspection(evidence).supports_pipeline:
+        raise NotApplicable("the model does not declare pipeline parallelism (SupportsPP)")
+    trace = rank_zero(evidence, "pipeline", 1)
+    for phase in (Phase.PROMPT, Phase.FIRST, Phase.DECODE):
+        aligned = with_reference(reference(evidence), trace, phase)
+        yield from agreement.max_difference(aligned)
+        yield from agreement.greedy_rank(aligned)
 
 
 @check(needs=("reference", "deployed"))

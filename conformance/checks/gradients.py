@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 
-from genmodel.conformance.access import gradients
+import torch
+
+from genmodel.conformance.access import gradients, rank_gradients, sizes, whole_gradients
 from genmodel.conformance.catalogue import check
-from genmodel.conformance.verdict import REFERENCE, Level, Measurement, NotApplicable, violations
-from genmodel.runners.evidence import Evidence, ParameterGradient
+from genmodel.conformance.placement import homes, place
+from genmodel.conformance.verdict import REFERENCE, Level, Measurement, NotApplicable, row, violations
+from genmodel.runners.evidence import PADDING, Evidence, ParameterGradient, RankGradients
 
 ROUNDING = 1e-9
 """Relative difference that float64 arithmetic may make between two ways to compute the same hidden states. Rounding
@@ -17,6 +21,14 @@ in a network some layers deep stays below 1e-12; what these checks look for chan
 TRUNCATION = 1e-4
 """Relative error of a central difference over a finite step, on top of its rounding. The bugs it is there for (a path
 cut from the loss, a gradient scaled by the number of ranks) are errors of order one."""
+
+SLICES = 1e-5
+"""Relative difference that is put up with between losses, and between gradient norms, of different numbers of ranks:
+float64 makes less than 1e-12 of it, models that compute norms or softmax in float32 less than 1e-6, bugs of these
+kinds a few percent at least."""
+
+NOTHING = 1e-6
+"""Share of the model's largest gradient that counts as none: a bias of k, say, whose gradient is rounding only."""
 
 RESOLUTION = 1e-2
 """Noise of a numeric derivative that is put up with, as a share of the largest derivative of any parameter: beyond
@@ -207,6 +219,134 @@ def loss_falls(evidence: Evidence) -> Iterator[Measurement]:
     course = " -> ".join(f"{loss:.4g}" for loss in losses)
     lower = len(losses) > 1 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
     yield violations("courses of the loss that do not end lower", () if lower else (course or "no step was made",))
+
+
+@check(needs=("inspection", "parallel_gradients"), tensor_parallel=2)
+def parallel(evidence: Evidence) -> Iterator[Measurement]:
+    """In a tensor-parallel group every gradient is the slice of TP=1's, on every rank, and the loss is the same.
+
+    Usual causes:
+        A reduction is missing in backward (the input of a column-parallel layer needs one, the output of
+        a row-parallel layer none), or there is one too many and gradients are scaled by the number of
+        ranks; a replicated parameter sees only its rank's part of the work, so that replicas drift apart.
+    How to fix:
+        Build on the layers of genmodel, whose backward reduces. In layers of your own use
+        `copy_to_group` on the way in and `reduce_from_group` on the way out, both of
+        `genmodel.modeling.collectives`; `torch.distributed.nn.functional.all_reduce` scales gradients.
+    Reports:
+        torchtitan#1805 Megatron-LM#7452 torchtitan#2106 Megatron-LM#1446
+    """
+    whole = whole_gradients(evidence)
+    for ranks in _groups(evidence):
+        where = row(ranks[0].tensor_parallel_size)
+        furthest = max(ranks, key=lambda rank: abs(rank.loss - whole.loss))
+        yield Measurement(
+            what="|loss - loss at TP=1|",
+            where=where,
+            measured=abs(furthest.loss - whole.loss),
+            allowed=SLICES * abs(whole.loss),
+            detail=f"rank {furthest.rank}: {furthest.loss:.8g}, at TP=1 {whole.loss:.8g}",
+        )
+        yield violations("parameters without a gradient that have one at TP=1", _without_gradient(ranks, whole), where)
+        compared = [found for rank in ranks for found in _slices(rank, whole)]
+        if compared:
+            worst = max(compared, key=lambda measurement: measurement.severity)
+            beyond = len({m.detail.partition(" ")[0] for m in compared if not m.ok} - {worst.detail.partition(" ")[0]})
+            yield replace(worst, detail=worst.detail + (f"; {beyond} more parameters are wrong" if beyond else ""))
+
+
+@check(needs=("inspection", "parallel_gradients"), tensor_parallel=2)
+def norm(evidence: Evidence) -> Iterator[Measurement]:
+    """The global gradient norm over all ranks, with replicas counted once, is TP=1's: clipping clips alike.
+
+    Usual causes:
+        Those of gradients.parallel; look there first. If a trainer's norm differs and this one does not,
+        the trainer counts replicated parameters once per rank.
+    How to fix:
+        Sum the squares of sharded parameters over the ranks, and those of replicated ones on one rank.
+    Reports:
+        torchtitan#2106 Megatron-LM#1446
+    """
+    whole = whole_gradients(evidence)
+    expected = _norm_once([whole], whole)
+    for ranks in _groups(evidence):
+        measured = _norm_once(ranks, whole)
+        yield Measurement(
+            what="|gradient norm - norm at TP=1|",
+            where=row(ranks[0].tensor_parallel_size),
+            measured=abs(measured - expected),
+            allowed=SLICES * expected,
+            detail=f"{measured:.8g}, at TP=1 {expected:.8g}",
+        )
+
+
+def _groups(evidence: Evidence) -> Iterator[tuple[RankGradients, ...]]:
+    """The ranks of each group of more than one, of models that share their work in training at all."""
+    whole = whole_gradients(evidence)
+    shapes = {name: codes.shape for name, codes in whole.codes.items()}
+    for size in sizes(evidence):
+        if size > 1:
+            ranks = rank_gradients(evidence, size)
+            if all({name: codes.shape for name, codes in rank.codes.items()} == shapes for rank in ranks):
+                raise NotApplicable("outside vLLM every rank has the whole model: nothing is parallel in training")
+            yield ranks
+
+
+def _slices(rank: RankGradients, whole: RankGradients) -> Iterator[Measurement]:
+    """Each gradient of a rank against the slice of TP=1's that its codes name."""
+    largest = max((float(g.abs().max()) for g in whole.gradients.values() if g is not None and g.numel()), default=0.0)
+    home = homes(rank.codes, whole.codes)
+    for name, gradient in rank.gradients.items():
+        full = whole.gradients.get(home.get(name, ""))
+        if gradient is None or full is None or not full.numel():
+            continue
+        found = place(rank.codes[name], whole.codes[home[name]])
+        expected = torch.where(found.positions >= 0, full.flatten()[found.positions.clamp(min=0)], 0.0)
+        judged = (found.positions >= 0) | (rank.codes[name] == PADDING)
+        difference = torch.where(judged, gradient - expected, 0.0)
+        yield Measurement(
+            what="|gradient - slice of the gradient at TP=1|",
+            where=row(rank.tensor_parallel_size),
+            measured=float(difference.abs().max()) if difference.numel() else 0.0,
+            allowed=SLICES * float(full.abs().max()) + NOTHING * largest,
+            detail=f"{name} on rank {rank.rank}{_scaled(gradient, expected)}",
+        )
+
+
+def _scaled(gradient: torch.Tensor, expected: torch.Tensor) -> str:
+    """That a gradient is a multiple of what it should be, if it is."""
+    square = float(expected.square().sum())
+    factor = float((gradient * expected).sum()) / square if square > 0 else 1.0
+    if abs(factor - 1) < TRUNCATION or not float((gradient - factor * expected).norm()) < 1e-3 * float(gradient.norm()):
+        return ""
+    return f" is {factor:.4g} times what it should be"
+
+
+def _without_gradient(ranks: Collection[RankGradients], whole: RankGradients) -> list[str]:
+    return [
+        f"{name} on rank {rank.rank}"
+        for rank in ranks
+        for name, home in homes(rank.codes, whole.codes).items()
+        if rank.gradients.get(name) is None and whole.gradients.get(home) is not None
+    ]
+
+
+def _norm_once(ranks: Collection[RankGradients], whole: RankGradients) -> float:
+    """Norm over all elements that any rank holds; of replicas the first one counts."""
+    total = 0.0
+    seen: dict[str, torch.Tensor] = {}
+    for rank in ranks:
+        home = homes(rank.codes, whole.codes)
+        for name, gradient in rank.gradients.items():
+            if gradient is None or name not in home:
+                continue
+            full = whole.codes[home[name]]
+            counted = seen.setdefault(home[name], torch.zeros(full.numel(), dtype=torch.bool))
+            positions = place(rank.codes[name], full).positions
+            new = (positions >= 0) & ~counted[positions.clamp(min=0)]
+            total += float(gradient[new].square().sum())
+            counted[positions[new]] = True
+    return math.sqrt(total)
 
 
 def _derivative(name: str, parameter: ParameterGradient, largest: float) -> Measurement:

@@ -37,6 +37,10 @@ class Mutant:
     """Public bug reports of the class; empty where we know of none."""
     tp: tuple[int, ...]
     reference: str | None
+    at: str | None = None
+    """The module whose code or weights are wrong, "" for the model's own forward; None if it is not one place."""
+    config: str | None = None
+    """What it is configured by, as "module:attr"; None means the tiny default."""
 
 
 MUTANTS: list[Mutant] = []
@@ -50,6 +54,8 @@ def mutant(
     of: Any = dense,
     alone: bool = False,
     reference: str = "",
+    at: str | None = None,
+    config: str | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a mutation `(model) -> None` of a reference model.
 
@@ -65,7 +71,7 @@ def mutant(
 
         factory.__qualname__ = f"{mutate.__name__}.factory"
         spec = f"{mutate.__module__}:{reference}" if reference else f"{of.__name__}:factory"
-        MUTANTS.append(Mutant(mutate.__name__, factory, caught_by, reports, tp, None if alone else spec))
+        MUTANTS.append(Mutant(mutate.__name__, factory, caught_by, reports, tp, None if alone else spec, at, config))
         return mutate
 
     return register
@@ -74,14 +80,14 @@ def mutant(
 # Sharding: right at TP=1, wrong at TP=2 ------------------------------------------------------------------
 
 
-@mutant(caught_by="logits.values", reports="#3775", tp=(1, 2), alone=True)
+@mutant(caught_by="logits.values", reports="#3775", tp=(1, 2), alone=True, at="layers.0.mlp.down")
 def missing_all_reduce(model: Any) -> None:
     """The MLP's partial sums are never added up."""
     for layer in model.layers:
         layer.mlp.down.forward = lambda x, down=layer.mlp.down: F.linear(x, down.weight)
 
 
-@mutant(caught_by="logits.tensor_parallel", reports="#3775", tp=(1, 2), alone=True)
+@mutant(caught_by="logits.tensor_parallel", reports="#3775", tp=(1, 2), alone=True, at="layers.0.mlp.gate_up")
 def gate_up_as_one_column(model: Any) -> None:
     """[gate; up] is cut in two, so that one rank holds gate and the other up."""
     context = _context(model)
@@ -89,7 +95,7 @@ def gate_up_as_one_column(model: Any) -> None:
         layer.mlp.gate_up.weight.weight_loader = _plain_slice(context)
 
 
-@mutant(caught_by="logits.prefill_top_k", reports="#42803", tp=(2,), alone=True)
+@mutant(caught_by="logits.prefill_top_k", reports="#42803", tp=(2,), alone=True, at="layers.0.attn.qkv")
 def naive_qkv_slices(model: Any) -> None:
     """[q; k; v] is cut in two without regard to what is q, k and v."""
     context = _context(model)
@@ -97,7 +103,7 @@ def naive_qkv_slices(model: Any) -> None:
         layer.attn.qkv.weight.weight_loader = _plain_slice(context)
 
 
-@mutant(caught_by="logits.first_token", reports="vllm-gguf-plugin#103", tp=(2,), alone=True)
+@mutant(caught_by="logits.first_token", reports="vllm-gguf-plugin#103", tp=(2,), alone=True, at="layers.0.mlp.down")
 def every_rank_loads_shard_0(model: Any) -> None:
     """All shapes fit, and every rank holds the first half."""
     for layer in model.layers:
@@ -108,7 +114,7 @@ def every_rank_loads_shard_0(model: Any) -> None:
         layer.mlp.down.weight.weight_loader = load
 
 
-@mutant(caught_by="logits.greedy_rank", reports="#20843, SpecForge#284", tp=(2,), alone=True)
+@mutant(caught_by="logits.greedy_rank", reports="#20843, SpecForge#284", tp=(2,), alone=True, at="lm_head")
 def logits_of_ranks_swapped(model: Any) -> None:
     """The vocabulary's parts are joined in the wrong order."""
     context = _context(model)
@@ -122,7 +128,14 @@ def logits_of_ranks_swapped(model: Any) -> None:
     head.forward = forward
 
 
-@mutant(caught_by="logits.values", reports="text-generation-inference#1036", tp=(2,), of=gpt, alone=True)
+@mutant(
+    caught_by="logits.values",
+    reports="text-generation-inference#1036",
+    tp=(2,),
+    of=gpt,
+    alone=True,
+    at="layers.0.attn.o_proj",
+)
 def row_bias_on_every_rank(model: Any) -> None:
     """Every rank adds the row-parallel bias before the reduction."""
     context = _context(model)
@@ -134,7 +147,7 @@ def row_bias_on_every_rank(model: Any) -> None:
 # The model's own mathematics: wrong everywhere, seen only by an independent reference ----------------------
 
 
-@mutant(caught_by="logits.values", reports="#36637")
+@mutant(caught_by="logits.values", reports="#36637", at="layers.0.attn.attn")
 def attention_scale_ignored(model: Any) -> None:
     """The config's attention scale is not passed on."""
     for layer in model.layers:
@@ -144,7 +157,7 @@ def attention_scale_ignored(model: Any) -> None:
         )
 
 
-@mutant(caught_by="logits.decode_top_k", reports="vllm-ascend#4641")
+@mutant(caught_by="logits.decode_top_k", reports="vllm-ascend#4641", at="layers.0.attn")
 def rotary_interleaved(model: Any) -> None:
     """Neighbours (2i, 2i + 1) are rotated where the weights were trained for (i, i + D / 2)."""
 
@@ -163,7 +176,7 @@ def rotary_interleaved(model: Any) -> None:
         layer.attn.forward = MethodType(forward, layer.attn)
 
 
-@mutant(caught_by="logits.values", reports="Liger-Kernel#74")
+@mutant(caught_by="logits.values", reports="Liger-Kernel#74", at="layers.0.attn_norm")
 def norm_weight_offset(model: Any) -> None:
     """Norm weights are taken as 1 + weight."""
     for module in model.modules():
@@ -171,20 +184,20 @@ def norm_weight_offset(model: Any) -> None:
             module.forward = lambda x, m=module: dense.RMSNorm.forward(m, x) + dense.RMSNorm.forward(m, x) / m.weight  # type: ignore[method-assign]
 
 
-@mutant(caught_by="logits.kl", reports="vllm-metal#659")
+@mutant(caught_by="logits.kl", reports="vllm-metal#659", at="norm")
 def final_norm_skipped(model: Any) -> None:
     """The last normalisation is left out."""
     model.norm.forward = lambda x: x * model.norm.weight
 
 
-@mutant(caught_by="logits.values", reports="#52158")
+@mutant(caught_by="logits.values", reports="#52158", at="compute_logits")
 def logit_scale_dropped(model: Any) -> None:
     """Logits are half of what they should be: every argmax, and every top-K, is still right."""
     compute = model.compute_logits
     model.compute_logits = lambda hidden: compute(hidden) / 2
 
 
-@mutant(caught_by="logits.values", reports="#21863, #49795")
+@mutant(caught_by="logits.values", reports="#21863, #49795", at="layers.1.attn.attn")
 def window_where_there_is_none(model: Any) -> None:
     """One layer sees only the last 16 tokens: short prompts are all right."""
     attn = model.layers[1].attn.attn
@@ -193,7 +206,7 @@ def window_where_there_is_none(model: Any) -> None:
     )
 
 
-@mutant(caught_by="logits.values", reports="#5621, #53019", alone=True)
+@mutant(caught_by="logits.values", reports="#5621, #53019", alone=True, at="lm_head")
 def real_head_discarded(model: Any) -> None:
     """`load_weights` takes the embedding for the head although the checkpoint has a head of its own."""
 
@@ -207,7 +220,7 @@ def real_head_discarded(model: Any) -> None:
 # Scheduling: right on a whole sequence, wrong in the engine -----------------------------------------------
 
 
-@mutant(caught_by="logits.decode_top_k", reports="mlx-vlm#1983", alone=True)
+@mutant(caught_by="logits.decode_top_k", reports="mlx-vlm#1983", alone=True, at="")
 def positions_start_at_zero(model: Any) -> None:
     """Positions are counted from the start of the batch instead of taken as given."""
     forward = model.forward
@@ -219,7 +232,7 @@ def positions_start_at_zero(model: Any) -> None:
     model.forward = counted
 
 
-@mutant(caught_by="logits.batching", reports="#43631", alone=True)
+@mutant(caught_by="logits.batching", reports="#43631", alone=True, at="embed_tokens")
 def state_leaks_between_requests(model: Any) -> None:
     """A running mean kept in the module moves with every token it ever saw."""
     embed = model.embed_tokens.forward
@@ -234,7 +247,7 @@ def state_leaks_between_requests(model: Any) -> None:
     model.embed_tokens.forward = remembering
 
 
-@mutant(caught_by="gradients.packed_sequences", reports="transformers#46634", alone=True)
+@mutant(caught_by="gradients.packed_sequences", reports="transformers#46634", alone=True, at="embed_tokens")
 def packed_sequences_see_each_other(model: Any) -> None:
     """A token is mixed with its left neighbour, whosever sequence that belongs to."""
     embed = model.embed_tokens.forward
@@ -276,7 +289,7 @@ def one_of_two_paths_detached(model: Any) -> None:
         layer.mlp.forward = forward
 
 
-@mutant(caught_by="gradients.causality", reports="", alone=True)
+@mutant(caught_by="gradients.causality", reports="", alone=True, at="norm")
 def sees_the_future(model: Any) -> None:
     """Hidden states are centred on the mean over all tokens, later ones included."""
     forward = model.norm.forward
@@ -290,7 +303,7 @@ def training_mode_differs(model: Any) -> None:
     model.norm.forward = lambda x: forward(x) * (1.01 if model.training else 1.0)
 
 
-@mutant(caught_by="gradients.dropout", reports="", alone=True)
+@mutant(caught_by="gradients.dropout", reports="", alone=True, at="norm")
 def dropout_at_inference(model: Any) -> None:
     """Dropout that never learns of evaluation mode."""
     model.dropout = nn.Dropout(0.1)

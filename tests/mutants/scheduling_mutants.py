@@ -38,19 +38,19 @@ def with_positions(model: Any, change: Any) -> None:
     model.forward = changed
 
 
-@mutant(caught_by="scheduling.chunked_prefill", reports="#52909, #26042", alone=True)
+@mutant(caught_by="scheduling.chunked_prefill", reports="#52909, #26042", alone=True, at="")
 def later_chunks_start_at_zero(model: Any) -> None:
     """The first chunk of a prompt is exact; in later ones positions are counted anew."""
     with_positions(model, lambda p: p - p[0] if one_run(p) and int(p[0]) % 32 else p)
 
 
-@mutant(caught_by="scheduling.prefix_cache", reports="#5543, #22103", alone=True)
+@mutant(caught_by="scheduling.prefix_cache", reports="#5543, #22103", alone=True, at="")
 def cached_prefix_forgotten(model: Any) -> None:
     """What follows a prefix that came from the cache is taken for the start of a sequence."""
     with_positions(model, lambda p: p - p[0] if one_run(p) and int(p[0]) and int(p[0]) % 32 == 0 else p)
 
 
-@mutant(caught_by="scheduling.preemption", reports="#16832, NeMo RL#2141", alone=True)
+@mutant(caught_by="scheduling.preemption", reports="#16832, NeMo RL#2141", alone=True, at="")
 def recomputed_tokens_count_twice(model: Any) -> None:
     """A token that is computed again, as after a preemption, moves the state it had moved before."""
     if engine_config() is None:
@@ -67,7 +67,7 @@ def recomputed_tokens_count_twice(model: Any) -> None:
     model.forward = counting
 
 
-@mutant(caught_by="scheduling.arrival_order", reports="#43631", alone=True)
+@mutant(caught_by="scheduling.arrival_order", reports="#43631", alone=True, at="")
 def rows_of_a_batch_are_mixed(model: Any) -> None:
     """A step that decodes some requests and prefills others centres its rows on their mean."""
     if engine_config() is None:
@@ -82,7 +82,7 @@ def rows_of_a_batch_are_mixed(model: Any) -> None:
     model.forward = mixed
 
 
-@mutant(caught_by="logits.decode_top_k", reports="NeMo RL#2141", alone=True)
+@mutant(caught_by="logits.decode_top_k", reports="NeMo RL#2141", alone=True, at="layers.2.mlp")
 def decode_differs_from_prefill(model: Any) -> None:
     """A branch for single rows, taken while decoding alone, forgets the residual of the last MLP."""
     if engine_config() is None:
@@ -102,7 +102,7 @@ def one_position_too_few(model: Any) -> None:
 # Refit: right with the first weights -----------------------------------------------------------------------
 
 
-@mutant(caught_by="refit.changed_weights", reports="prime-rl#1650", alone=True)
+@mutant(caught_by="refit.changed_weights", reports="prime-rl#1650", alone=True, at="lm_head")
 def copy_of_the_head_lives_on(model: Any) -> None:
     """A copy made on first use is never made again."""
     head, kept = model.lm_head, {}
@@ -120,7 +120,7 @@ def copy_of_the_head_lives_on(model: Any) -> None:
         head.forward = cached
 
 
-@mutant(caught_by="refit.identity", reports="prime-rl#1650", alone=True)
+@mutant(caught_by="refit.identity", reports="prime-rl#1650", alone=True, at="norm")
 def loading_adds(model: Any) -> None:
     """The second time, `load_weights` adds to what is there."""
     loaded: list[None] = []
@@ -136,7 +136,7 @@ def loading_adds(model: Any) -> None:
     model.load_weights = load
 
 
-@mutant(caught_by="refit.no_drift", reports="prime-rl#1650", alone=True)
+@mutant(caught_by="refit.no_drift", reports="prime-rl#1650", alone=True, at="norm")
 def every_load_folds_a_scale(model: Any) -> None:
     """From the third time on, a scale is folded into the norm once more."""
     loads: list[None] = []
@@ -215,7 +215,7 @@ def _windowed(model: Any, window: int) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-@mutant(caught_by="logits.values", reports="#46835", reference="with_head_bias")
+@mutant(caught_by="logits.values", reports="#46835", reference="with_head_bias", at="lm_head")
 def head_bias_dropped(model: Any) -> None:
     """`load_weights` knows no bias of the head, and says nothing."""
 
@@ -225,23 +225,23 @@ def head_bias_dropped(model: Any) -> None:
     model.load_weights = load
 
 
-@mutant(caught_by="logits.prefill_top_k", reports="#51049", reference="with_partial_rotary")
+@mutant(caught_by="logits.prefill_top_k", reports="#51049", reference="with_partial_rotary", at="layers.0.attn")
 def partial_rotary_ignored(model: Any) -> None:
     """All of each head is rotated."""
 
 
-@mutant(caught_by="logits.tensor_parallel", reports="#16311, #35932", tp=(1, 2), alone=True)
+@mutant(caught_by="logits.tensor_parallel", reports="#16311, #35932", tp=(1, 2), alone=True, at="layers.0.attn")
 def query_norm_across_heads(model: Any) -> None:
     """Queries are normalised over all heads of the rank, whose number changes with the ranks."""
     _normalised(model, across=True)
 
 
-@mutant(caught_by="logits.values", reports="#16311, #35932", reference="with_head_norm")
+@mutant(caught_by="logits.values", reports="#16311, #35932", reference="with_head_norm", at="layers.0.attn")
 def query_norm_missing(model: Any) -> None:
     """Queries are not normalised."""
 
 
-@mutant(caught_by="logits.values", reports="#21863, #49795", reference="with_window")
+@mutant(caught_by="logits.values", reports="#21863, #49795", reference="with_window", at="layers.0.attn.attn")
 def window_off_by_one(model: Any) -> None:
     """Each layer sees one token more than it should."""
     _windowed(model, 17)

@@ -1,0 +1,529 @@
+"""Where a failure begins: the first module, in order of execution, at which an engine parts from the reference.
+
+What is compared are tensors on their way into and out of modules, in the order in which they occur. If the first
+one to differ comes out of a module whose inputs and inner modules all agree, that module is wrong. If it goes into
+one, it is the code of the caller, between two modules, that is wrong.
+
+A tensor differs where it is further from the reference than
+
+    NOISE_FACTOR * noise + ULP_FACTOR * eps(dtype) * max |value|
+
+where noise is what rounding has added up to at this very tensor: how far the reference in the tested dtype is from
+the one in higher precision there, the largest over the rows of a phase.
+
+Shapes: N rows (tokens), n columns of an engine's tensor, m of the reference's; n < m where ranks hold shares.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from genmodel.conformance.agreement import ULP_FACTOR
+from genmodel.conformance.catalogue import Check, one_thread
+from genmodel.conformance.verdict import Measurement, Status, Verdict
+from genmodel.runners.evidence import Failure, ModuleRecord, ModuleRun, Point
+from genmodel.runners.scenarios import ENGINE_SCENARIOS
+
+NOISE_FACTOR = 8.0
+"""Noise floors an error may be: more than for logits, for hundreds of tensors are looked at and none may be blamed by
+chance. A fault is clearest where it begins, before later layers blur it."""
+GROUPS = ("logits", "scheduling", "refit", "deployment")
+"""Checks that compare what engines compute."""
+
+Rerun = Callable[[str, int, tuple[str, int] | None], ModuleRun | Failure]
+"""`Session.diagnose` of one target: scenario, tensor-parallel size, and a request and position known to be wrong."""
+
+_PHASES = ("prompt", "first token", "decode")
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+_BLOCK_ELEMENTS = 1 << 24
+_FAR = 10.0  # tolerances beyond which one column is as unlike another as any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One rank's share of a tensor next to the reference's."""
+
+    rank: int
+    rows: torch.Tensor
+    """[N] int64, rows of the rank's record."""
+    error: torch.Tensor
+    """[N] float32, the largest |difference| of each row."""
+    allowed: torch.Tensor
+    """[N] float32."""
+    columns: torch.Tensor
+    """[n] int64, which of the reference's m columns were compared; -1 is padding."""
+    full: int
+    """m."""
+    known: bool
+    """Whether these are its columns for sure: all of them, or those the module declares; else, by their values."""
+
+    @property
+    def wrong(self) -> torch.Tensor:
+        """bool [N]; NaN on either side is wrong."""
+        return ~(self.error <= self.allowed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """The first thing to differ."""
+
+    module: str
+    """Whose code or weights are wrong, such as "layers.0.mlp.down"; "" is the model's own forward."""
+    module_class: str
+    between: tuple[str, str] | None
+    """The modules between which the module's own code goes wrong; None if it is the module's output that is wrong."""
+    tensor: str
+    """What differs, such as "its output" or "input 1 of layers.0.attn"."""
+    own_code: bool
+    """Whether modules inside it agree, so that only its own forward is left."""
+    tensor_parallel_size: int
+    ranks: tuple[int, ...]
+    phase: str
+    """"prompt", "first token" or "decode"."""
+    how: str
+    """How the row was computed, such as "after a chunk boundary"; often empty."""
+    request: str
+    position: int
+    error: float
+    allowed: float
+    input_good: bool | None
+    """None if nothing that went into the module could be compared."""
+    share: str
+    """Which of a sharded tensor's columns were compared, or are missing; empty for a whole tensor."""
+    candidates: tuple[str, ...]
+    """Modules the reference does not have that ran since the last tensor known to be good."""
+    fused: str
+    """A hint where the module before has a share of unknown layout; often empty."""
+    agreeing: int
+    """Tensors before this one that agree."""
+
+
+def first_difference(run: ModuleRun) -> Finding | None:
+    """The first tensor that is wrong on some rank, or of which no rank holds some columns; None if there is none."""
+    reference = _Reference(run)
+    passed = _Passed()
+    for found in _in_order(run):
+        parts = [part for record, point in found if (part := reference.compare(record, point)) is not None]
+        if not parts:
+            passed.unknown.append(found[0])
+        elif any(bool(part.wrong.any()) for part in parts) or (len(parts) == len(run.ranks) and len(_missing(parts))):
+            return _finding(run, reference, found[0][1], parts, passed)
+        else:
+            passed.add(found[0][1], parts[0])
+    return None
+
+
+def describe(found: Finding) -> str:
+    """A finding in a few sentences."""
+    name = (
+        f"{found.module} ({found.module_class})" if found.module else f"the model's own forward ({found.module_class})"
+    )
+    what = f"what {name} computes between {found.between[0]} and {found.between[1]}" if found.between else name
+    phase = {"prompt": "in the prompt", "first token": "at the prompt's last token", "decode": "in decode"}[found.phase]
+    how = f", {found.how}" if found.how else ""
+    place = f"at TP={found.tensor_parallel_size}, {phase} of request {found.request} (position {found.position}{how})"
+    said = [f"First to differ: {what}{_on_ranks(found)}, {place}.", _difference(found), _what_agrees(found)]
+    if found.candidates:
+        shown = ", ".join(found.candidates[:4]) + (", ..." if len(found.candidates) > 4 else "")
+        said.append(f"Since the last tensor that agrees, there also ran what the reference does not have: {shown}.")
+    return " ".join(filter(None, [*said, found.fused]))
+
+
+def _on_ranks(found: Finding) -> str:
+    if found.tensor_parallel_size == 1:
+        return ""
+    if len(found.ranks) == found.tensor_parallel_size:
+        return " on every rank"
+    return (" on rank " if len(found.ranks) == 1 else " on ranks ") + ", ".join(map(str, found.ranks))
+
+
+def _difference(found: Finding) -> str:
+    if found.share.startswith("no rank"):
+        return f"Of {found.tensor}, {found.share}; what the ranks do hold agrees."
+    share = f" in {found.share}" if found.share else ""
+    subject = found.tensor[0].upper() + found.tensor[1:]
+    return f"{subject} is off by {found.error:.2g}{share}, where {found.allowed:.2g} is allowed."
+
+
+def _what_agrees(found: Finding) -> str:
+    before = f"all {found.agreeing} tensors compared before" if found.agreeing > 1 else "what was compared before"
+    if found.own_code and found.between is None:
+        return f"The modules inside it agree, as do {before}: what is left is its own code."
+    if found.input_good:
+        return f"What goes into it agrees, as do {before}."
+    return ""
+
+
+class Diagnosis:
+    """Explains the failed verdicts of one target; every scenario is run again at most once at each size.
+
+    Args:
+        rerun: runs a scenario with every module recorded.
+    """
+
+    def __init__(self, rerun: Rerun) -> None:
+        self._rerun = rerun
+        self._known: dict[tuple[str, int], Finding | str | None] = {}
+        """By scenario and size: the finding, why there can be none, or None where all modules agree."""
+
+    def of(self, check: Check, verdict: Verdict) -> Verdict:
+        """The verdict with its diagnosis, if it has one."""
+        return replace(verdict, diagnosis=self.explain(check, verdict))
+
+    def explain(self, check: Check, verdict: Verdict) -> str:
+        """Where a failed verdict's failure begins; empty if it is not of the kind that has a first module.
+
+        Whatever goes wrong on the way is said instead, and is no failure of its own.
+        """
+        broken = [m for m in verdict.measurements if not m.ok and m.where.startswith("TP=")]
+        if check.group not in GROUPS or verdict.status is not Status.FAILED or not broken:
+            return ""
+        try:
+            return self._explain(check, broken)
+        except Exception as error:  # noqa: BLE001 - a diagnosis that fails must not fail anything else
+            return f"No diagnosis: {type(error).__name__}: {error}"
+
+    def _explain(self, check: Check, broken: Sequence[Measurement]) -> str:
+        sizes = sorted({int(m.where.removeprefix("TP=")) for m in broken})
+        scenarios = [name for name in ENGINE_SCENARIOS if name in check.needs] or ["plain"]
+        for size in sizes:
+            if isinstance(known := self._known.get(("plain", size)), Finding):
+                return describe(known)  # what goes wrong without any scheduling needs no other scenario
+        for name in scenarios:
+            found = self._find(name, sizes[0], _focus(broken, sizes[0]))
+            if isinstance(found, str):
+                return f"No diagnosis: {found}"
+            if found is not None:
+                return describe(found) + (f" (Scenario {name}.)" if name != "plain" else "")
+        again = f"No diagnosis: run once more ({', '.join(scenarios)} at TP={sizes[0]}) with every module recorded, "
+        if "deployed" in check.needs:
+            return f"{again}in one process, all modules agree: what differs is what spawned workers build or load."
+        return f"{again}all modules agree with the reference."
+
+    def _find(self, scenario: str, size: int, focus: tuple[str, int] | None) -> Finding | str | None:
+        if (scenario, size) not in self._known:
+            run = self._rerun(scenario, size, focus)
+            if isinstance(run, Failure):
+                self._known[scenario, size] = f"{run.message}{f' while {run.phase}' if run.phase else ''}"
+            else:
+                with one_thread():
+                    self._known[scenario, size] = first_difference(run)
+        return self._known[scenario, size]
+
+
+def _focus(broken: Sequence[Measurement], size: int) -> tuple[str, int] | None:
+    """A request and position that a measurement says is worst."""
+    for measurement in broken:
+        match = re.search(r"request (\S+), position (\d+)", measurement.detail)
+        if match and measurement.where == f"TP={size}":
+            return match[1], int(match[2])
+    return None
+
+
+class _Passed:
+    """What is known of the tensors before the first that differs."""
+
+    def __init__(self) -> None:
+        self.modules: list[str] = []
+        """Modules whose tensors were compared last, each once, the latest at the end."""
+        self.shares: dict[str, Part] = {}
+        """What rank 0 holds of outputs whose columns only their values tell, by module."""
+        self.count = 0
+        self.inputs: set[tuple[str, int]] = set()
+        """Calls of which some input was compared."""
+        self.callers: set[str | None] = set()
+        """Modules inside which some tensor was compared."""
+        self.unknown: list[tuple[ModuleRecord, Point]] = []
+        """Since the last good one, without a counterpart in the reference."""
+
+    def add(self, point: Point, part: Part) -> None:
+        self.unknown = []
+        self.count += 1
+        if not self.modules or self.modules[-1] != point.module:
+            self.modules.append(point.module)
+        if point.kind == "output" and not part.known:
+            self.shares[point.module] = part
+        self.callers.add(point.caller)
+        if point.kind == "input":
+            self.inputs.add((point.module, point.call))
+
+
+class _Reference:
+    """The reference's tensors and how far from them an engine's may be."""
+
+    def __init__(self, run: ModuleRun) -> None:
+        self._record = run.reference
+        self._points = {point.key: point for point in run.reference.points}
+        self._eps = torch.finfo(getattr(torch, run.dtype)).eps
+        self._phases = phases(run.reference)
+        sequences = run.reference.sequences
+        self._rows = {
+            (sequences[number].weights, sequences[number].tokens, position): row
+            for row, (number, position, *_) in enumerate(run.reference.rows.tolist())
+        }
+        self._rows_of: dict[int, torch.Tensor] = {}
+
+    def compare(self, record: ModuleRecord, point: Point, key: tuple[str, str, str, int] | None = None) -> Part | None:
+        """One rank's tensor against the reference's of the same key; None where there is nothing to compare."""
+        theirs = self._points.get(key or point.key)
+        if theirs is None or point.values.shape[1] > theirs.values.shape[1]:
+            return None
+        index = torch.full([len(self._record.rows) + 1], -1)  # the last is for rows the reference does not have
+        index[theirs.rows] = torch.arange(len(theirs.rows))
+        at = index[self._matching(record)[point.rows]]
+        common = at >= 0
+        if not bool(common.any()):
+            return None
+        ours, expected = point.values[common], theirs.values[at[common]]
+        allowed = self._allowed(theirs)[at[common]]
+        columns, known = _columns(record.rank, ours, expected, allowed, point.columns)
+        return Part(
+            rank=record.rank,
+            rows=point.rows[common],
+            error=_error(ours, expected, columns),
+            allowed=allowed,
+            columns=columns,
+            full=expected.shape[1],
+            known=known,
+        )
+
+    def has_elsewhere(self, record: ModuleRecord, point: Point) -> bool:
+        """Whether what a module gave occurs in the reference under any name."""
+        for key, theirs in self._points.items():
+            if theirs.kind == "output" and theirs.values.shape[1] == point.values.shape[1]:
+                part = self.compare(record, point, key)
+                if part is not None and not bool(part.wrong.any()):
+                    return True
+        return False
+
+    def is_leaf(self, module: str) -> bool:
+        """Whether no other module runs inside the reference's of this name."""
+        return all(point.caller != module for point in self._points.values())
+
+    def _matching(self, record: ModuleRecord) -> torch.Tensor:
+        """[R] int64, the reference's row of each of a record's; -1 for none."""
+        if record.rank not in self._rows_of:
+            sequences = record.sequences
+            self._rows_of[record.rank] = torch.tensor(
+                [
+                    self._rows.get((sequences[number].weights, sequences[number].tokens, position), -1)
+                    for number, position, *_ in record.rows.tolist()
+                ],
+                dtype=torch.int64,
+            )
+        return self._rows_of[record.rank]
+
+    def _allowed(self, theirs: Point) -> torch.Tensor:
+        """[N] float32, by row of the reference's tensor."""
+        assert theirs.noise is not None
+        allowed = torch.full([len(theirs.rows)], torch.nan)
+        phase = self._phases[theirs.rows]
+        for number in range(len(_PHASES)):
+            here = phase == number
+            if bool(here.any()):
+                scale = theirs.values[here].abs().nan_to_num(0, 0, 0).max()
+                allowed[here] = NOISE_FACTOR * theirs.noise[here].max() + ULP_FACTOR * self._eps * scale
+        return allowed
+
+
+def phases(record: ModuleRecord) -> torch.Tensor:
+    """[R] int64, the phase of each row: 0 for the prompt but its last token, 1 for that one, 2 for generated ones."""
+    prompts = torch.tensor([sequence.prompt for sequence in record.sequences], dtype=torch.int64)
+    last = prompts[record.rows[:, 0]] - 1
+    return (record.rows[:, 1] >= last).long() + (record.rows[:, 1] > last).long()
+
+
+def _in_order(run: ModuleRun) -> Iterator[list[tuple[ModuleRecord, Point]]]:
+    """Every tensor in order of execution, on all ranks that have it."""
+    by_key = [{point.key: point for point in record.points} for record in run.ranks]
+    for key in dict.fromkeys(key for points in by_key for key in points):
+        yield [(record, points[key]) for record, points in zip(run.ranks, by_key, strict=True) if key in points]
+
+
+def _columns(
+    rank: int, ours: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor, declared: torch.Tensor | None
+) -> tuple[torch.Tensor, bool]:
+    """Which of the reference's m columns these n are, and whether that is known without looking at the values."""
+    n, m = ours.shape[1], expected.shape[1]
+    if n == m:
+        return torch.arange(m), True
+    if declared is not None and len(declared) == n and int(declared.max()) < m:
+        return declared, True
+    even = torch.arange(rank * n, rank * n + n)
+    if rank * n + n <= m and bool((_error(ours, expected, even) <= allowed).all()):
+        return even, False
+    return _nearest(ours, expected, allowed), False
+
+
+def _nearest(ours: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """For each of n columns the one of m that most rows agree with; how far the others are off does not matter."""
+    scale = allowed[:, None, None].clamp(min=torch.finfo(torch.float32).tiny)
+    size = max(1, _BLOCK_ELEMENTS // max(1, expected.numel()))
+    found = [
+        ((piece[:, :, None] - expected[:, None, :]).abs() / scale).nan_to_num(_FAR).clamp(max=_FAR).mean(0).argmin(1)
+        for piece in ours.split(size, 1)
+    ]
+    return torch.cat(found)
+
+
+def _error(ours: torch.Tensor, expected: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[N], the largest |difference| of each row; equal infinities are equal, padding is no difference."""
+    theirs = expected[:, columns.clamp(min=0)]
+    return (ours - theirs).abs().masked_fill((ours == theirs) | (columns < 0), 0).amax(1)
+
+
+def _missing(parts: Sequence[Part]) -> torch.Tensor:
+    """The columns that no rank holds."""
+    held = torch.zeros(parts[0].full, dtype=torch.bool)
+    for part in parts:
+        held[part.columns[part.columns >= 0]] = True
+    return (~held).nonzero()[:, 0]
+
+
+def _finding(run: ModuleRun, reference: _Reference, point: Point, parts: Sequence[Part], passed: _Passed) -> Finding:
+    broken = [part for part in parts if bool(part.wrong.any())] or _repeating(parts)
+    part, at = _worst(run, broken)
+    record = _record_of(run, part.rank)
+    row = int(part.rows[at])
+    sequence = record.sequences[int(record.rows[row, 0])]
+    functional = point.kind == "input" and point.caller is not None
+    module = point.caller if functional and point.caller is not None else point.module
+    last, candidates = _before(reference, point, passed)
+    return Finding(
+        module=module,
+        module_class=_class_of(record, module),
+        between=("its start" if last == module else last, point.module) if functional else None,
+        tensor=_tensor(run, point, functional),
+        own_code=functional or module in passed.callers,
+        tensor_parallel_size=run.tensor_parallel_size,
+        ranks=_ranks(run, reference, point, {part.rank for part in broken}),
+        phase=_PHASES[int(phases(record)[row])],
+        how=_how(record, row),
+        request=sequence.request,
+        position=int(record.rows[row, 1]),
+        error=float(part.error[at]),
+        allowed=float(part.allowed[at]),
+        input_good=True if any(name == module for name, _ in passed.inputs) else None,
+        share=_share(part, parts),
+        candidates=() if point.kind == "output" and reference.is_leaf(module) else tuple(candidates),
+        fused=_fused(passed.shares.get(last), last) if functional else "",
+        agreeing=passed.count,
+    )
+
+
+def _ranks(run: ModuleRun, reference: _Reference, point: Point, broken: set[int]) -> tuple[int, ...]:
+    """Ranks on which this or any other tensor of the same call is wrong."""
+    for found in _in_order(run):
+        if found[0][1].key[::3] == point.key[::3] and found[0][1].kind == point.kind:
+            parts = (reference.compare(record, other) for record, other in found)
+            broken |= {part.rank for part in parts if part is not None and bool(part.wrong.any())}
+    return tuple(sorted(broken))
+
+
+def _share(part: Part, parts: Sequence[Part]) -> str:
+    if not bool(part.wrong.any()):
+        return f"no rank holds columns {_span(_missing(parts))} of {part.full}"
+    if len(part.columns) == part.full:
+        return ""
+    return f"columns {_span(part.columns)} of {part.full}" if part.known else f"its share of {part.full} columns"
+
+
+def _fused(part: Part | None, module: str) -> str:
+    """A hint for weights of unknown layout: what looks right by its values may still be the wrong share."""
+    if part is None or not bool((part.columns.diff() == 1).all()):
+        return ""
+    return (
+        f"On rank {part.rank}, {module} gives columns {_span(part.columns)} of {part.full}: right for a plain "
+        "layer, and the cause if it is a fused one, such as [gate | up], each part of which has to be cut."
+    )
+
+
+def _record_of(run: ModuleRun, rank: int) -> ModuleRecord:
+    return next(record for record in run.ranks if record.rank == rank)
+
+
+def _worst(run: ModuleRun, parts: Sequence[Part]) -> tuple[Part, int]:
+    """The worst row of the first phase in which anything is wrong."""
+    found = []
+    for part in parts:
+        record = _record_of(run, part.rank)
+        severity = (part.error / part.allowed).nan_to_num(torch.inf, torch.inf)
+        phase = phases(record)[part.rows].masked_fill(~part.wrong, len(_PHASES))
+        first = int(phase.min())
+        at = int(severity.masked_fill(phase != first, -1).argmax())
+        found.append((first, -float(severity[at]), part.rank, part, at))
+    return min(found, key=lambda candidate: candidate[:3])[3:]
+
+
+def _repeating(parts: Sequence[Part]) -> list[Part]:
+    """Ranks that hold what a lower one holds already; all, if none does."""
+    taken: set[int] = set()
+    found = []
+    for part in parts:
+        mine = set(part.columns.tolist())
+        if mine & taken:
+            found.append(part)
+        taken |= mine
+    return found or list(parts)
+
+
+def _before(reference: _Reference, point: Point, passed: _Passed) -> tuple[str, list[str]]:
+    """The module before `point` whose tensors agree, and those since then that the reference does not have.
+
+    A module that the reference has under another name is known by what it gives.
+    """
+    last = next((name for name in reversed(passed.modules) if name != point.module), point.caller or "")
+    names: list[str] = []
+    for record, other in passed.unknown:
+        if other.kind == "output" and reference.has_elsewhere(record, other):
+            last, names = other.module, []
+        elif other.kind == "output" and other.module not in names:
+            names.append(other.module)
+    return last, names
+
+
+def _how(record: ModuleRecord, row: int) -> str:
+    """What the scheduler did to this row, if anything."""
+    number, position, turn, start = record.rows[row].tolist()
+    sequence = record.sequences[number]
+    mine = record.rows[record.rows[:, 0] == number]
+    earlier = mine[mine[:, 2] < turn]
+    weights = f"with {sequence.weights} weights" if sequence.weights != "initial" else ""
+    if len(earlier) and int(earlier[:, 1].max()) >= start:
+        return f"computed again after a preemption {weights}".strip()
+    if start > 0 and position < sequence.prompt:
+        return f"after {'a chunk boundary' if len(earlier) else 'a prefix-cache hit'} {weights}".strip()
+    return weights
+
+
+def _class_of(record: ModuleRecord, module: str) -> str:
+    return record.classes.get(module, f"method of {record.classes.get('', 'the model')}")
+
+
+def _tensor(run: ModuleRun, point: Point, functional: bool) -> str:
+    """Which one it is: its output, its second output, the first input of layers.0.attn."""
+    alike = [p for p in run.ranks[0].points if p.key[::3] == point.key[::3] and p.kind == point.kind]
+    if len(alike) == 1:
+        which = ""
+    elif point.part.isdigit() and int(point.part) < len(_ORDINALS):
+        which = f"{_ORDINALS[int(point.part)]} "
+    else:
+        which = f"{point.part!r} "
+    return f"the {which}input of {point.module}" if functional else f"its {which}{point.kind}"
+
+
+def _span(columns: torch.Tensor) -> str:
+    """Runs of consecutive columns: "0-31, 64-79"; of many runs the first three."""
+    held = sorted({column for column in columns.tolist() if column >= 0})
+    runs: list[list[int]] = []
+    for column in held:
+        if runs and column == runs[-1][1] + 1:
+            runs[-1][1] = column
+        else:
+            runs.append([column, column])
+    said = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs[:3])
+    return said + (", ..." if len(runs) > 3 else "")

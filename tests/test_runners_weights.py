@@ -1,0 +1,306 @@
+"""Coded checkpoints, in real workers and in standalone groups: what is read off them, and no false alarm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import six_targets
+from coded_samples import change_codes, rank_codes, whole_codes
+from evidence_samples import clean
+from genmodel import ParallelContext
+from genmodel.conformance import catalogue
+from genmodel.conformance.placement import Checkpoint, homes, place
+from genmodel.conformance.verdict import Status
+from genmodel.reference_models import dense
+from genmodel.runners import coding
+from genmodel.runners.checkpoint import TINY_CONFIG
+from genmodel.runners.evidence import CHANGED, PADDING, UNLOADED, CodedTensor, Evidence, Failure
+from genmodel.runners.session import Session, TargetOptions
+
+DENSE = "genmodel.reference_models.dense:factory"
+CHECKS = [
+    check
+    for check in catalogue.all_checks()
+    if check.group in ("weights", "parallelism") or check.id in ("gradients.parallel", "gradients.norm")
+]
+SCENARIOS = {"inspection", "weights", "parallel_gradients"}
+
+
+# Codes -----------------------------------------------------------------------------------------------------
+
+
+def test_every_element_has_a_code_of_its_own(tmp_path: Path) -> None:
+    save_file({"b": torch.randn(3, 4), "a": torch.randn(5), "n": torch.arange(7)}, tmp_path / "1.safetensors")
+    save_file({"c": torch.randn(()).reshape(())}, tmp_path / "2.safetensors")
+    codes = coding.coded(tmp_path)
+    assert set(codes) == {"a", "b", "c"}  # integers stay what they are
+    found = torch.cat([coding.decode(coding.values(codes[name])).flatten() for name in ("a", "b", "c")])
+    assert found.tolist() == list(range(1, 5 + 12 + 1 + 1))
+    loaded = dict(coding.recoded([("n", torch.arange(7)), ("a", torch.zeros(5))], codes))
+    assert torch.equal(loaded["n"], torch.arange(7))
+    assert loaded["a"].tolist() == [1, 3, 5, 7, 9]
+
+
+def test_matrices_that_repeat_each_other_share_their_codes(tmp_path: Path) -> None:
+    """A redundant copy of a tied head is no tensor of its own; constants are alike by accident."""
+    table = torch.randn(6, 4)
+    weights = {"head": table.clone(), "embed": table, "ones": torch.ones(6, 4), "more": torch.ones(6, 4)}
+    save_file(weights, tmp_path / "model.safetensors")
+    codes = coding.coded(tmp_path)
+    assert codes["head"] == codes["embed"]
+    assert codes["ones"] != codes["more"]
+
+
+def test_codes_are_exact_or_there_are_none(tmp_path: Path) -> None:
+    last = CodedTensor(shape=(1,), first_code=coding.LARGEST)
+    assert coding.decode(coding.values(last)).item() == coding.LARGEST
+    save_file({"w": torch.zeros(1 << 12, (1 << 11) + 1, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    with pytest.raises(coding.TooLarge, match=r"8,392,704 elements, and at most 8,388,608"):
+        coding.coded(tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda w: w + 1, lambda w: 2 * w, lambda w: -w, lambda w: w / 3])
+def test_a_changed_value_is_no_code(change: Any) -> None:
+    assert set(coding.decode(change(torch.tensor([7.0, 1001.0, 65.0]))).tolist()) == {CHANGED}
+
+
+def test_what_was_not_loaded_shows() -> None:
+    layer = nn.Linear(3, 2)
+    coding.poison([layer.weight, torch.arange(3)])
+    layer.weight.data[0, :2] = torch.tensor([0.0, 5.0])
+    assert coding.decode(layer.weight).tolist() == [[PADDING, 3, UNLOADED], [UNLOADED] * 3]
+    assert bool(layer.bias.isfinite().all())
+
+
+# Places ----------------------------------------------------------------------------------------------------
+
+
+def test_slices_are_found_whatever_the_layout() -> None:
+    whole = torch.arange(1, 61).reshape(10, 6)
+    for part in (whole[2:5], whole[:, 3:], whole[[0, 1, 5, 6]][:, 2:4], whole, whole[4:4], whole.flatten()[7:20]):
+        found = place(part, whole)
+        assert found.ordered
+        assert found.foreign == 0
+        assert torch.equal(whole.flatten()[found.positions], part)
+    padded = torch.cat([whole[8:], torch.zeros(1, 6, dtype=whole.dtype)])
+    assert place(padded, whole).ordered
+    assert place(padded, whole).positions[-1].tolist() == [-1] * 6
+    for part in (whole.flip(0), whole[:, [1, 0]], whole[:2].reshape(6, 2), whole.flatten()[[3, 2]]):
+        assert not place(part, whole).ordered
+    assert place(whole + 3, whole).foreign == 3
+
+
+def test_modules_spread_over_the_ranks_are_recognised_by_their_elements() -> None:
+    """Experts that every rank numbers from 0."""
+    whole = {f"experts.{i}.w": torch.arange(1, 7) + 6 * i for i in range(4)} | {"norm": torch.arange(90, 94)}
+    second = {"experts.0.w": whole["experts.2.w"], "experts.1.w": whole["experts.3.w"], "norm": whole["norm"]}
+    assert homes(second, whole) == {"experts.0.w": "experts.2.w", "experts.1.w": "experts.3.w", "norm": "norm"}
+
+
+def test_a_tensor_whose_values_loading_changes_is_not_missed() -> None:
+    """An offset folded into the norm is the author's business; a discarded head is not."""
+    checkpoint = Checkpoint(clean().coded_checkpoint)
+    whole = whole_codes()
+    folded = whole | {"norm.weight": torch.full_like(whole["norm.weight"], CHANGED)}
+    assert checkpoint.absent([folded]) == {"norm.weight": 64}
+    assert checkpoint.followed(folded) == set(checkpoint.tensors) - {"norm.weight"}
+    discarded = folded | {"head.weight": whole["embed.weight"]}
+    assert "head.weight" in checkpoint.followed(discarded)
+    assert checkpoint.absent(rank_codes(rank, 2) for rank in range(2)) == {}
+
+
+# Verdicts --------------------------------------------------------------------------------------------------
+
+
+def judged(check_id: str, evidence: Evidence) -> Any:
+    return catalogue.judge(catalogue.get(check_id), evidence)
+
+
+def test_values_that_load_weights_changes_are_left_out_and_named() -> None:
+    evidence = change_codes(clean(), "norm.weight", lambda codes: torch.full_like(codes, CHANGED))
+    verdict = judged("weights.every_element", evidence)
+    assert verdict.status is Status.PASSED
+    assert verdict.measurements[-1].detail == "norm.weight"
+
+
+def test_padding_of_a_vocabulary_need_not_be_loaded() -> None:
+    def unloaded(codes: torch.Tensor) -> torch.Tensor:
+        return torch.where(codes == PADDING, UNLOADED, codes)
+
+    evidence = change_codes(clean(), "head.weight", unloaded, sizes=(2,))
+    assert judged("weights.all_loaded", evidence).status is Status.PASSED
+    assert judged("parallelism.vocabulary", evidence).status is Status.PASSED
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.id)
+def test_a_checkpoint_that_cannot_be_coded_is_not_judged(check: catalogue.Check) -> None:
+    verdict = catalogue.judge(check, replace(clean(), uncoded="too large", weights={}, parallel_gradients={}))
+    assert verdict.status is Status.NOT_APPLICABLE
+    assert verdict.reason == "too large"
+
+
+def test_a_model_that_cannot_run_at_one_rank_and_need_not() -> None:
+    failure = Failure(kind="raised", scenario="weights", message="needs two ranks")
+    evidence = clean()
+    alone = replace(
+        evidence,
+        target=replace(evidence.target, tensor_parallel_sizes=(2,)),
+        weights={**evidence.weights, 1: failure},
+        parallel_gradients={**evidence.parallel_gradients, 1: failure},
+    )
+    verdicts = [catalogue.judge(check, alone) for check in CHECKS]
+    assert {v.status for v in verdicts} == {Status.PASSED, Status.NOT_APPLICABLE}
+    assert judged("weights.all_loaded", alone).status is Status.PASSED
+    assert "needs two ranks" in judged("weights.local_order", alone).reason
+
+
+# Real workers ----------------------------------------------------------------------------------------------
+
+
+def with_separate_projections(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
+    """A model that joins q, k and v, and gate and up, of its checkpoint, and folds one into its norms."""
+    model: Any = dense.factory(vllm_config, parallel_context)
+    shards = {".q.": (".qkv.", "q"), ".k.": (".qkv.", "k"), ".v.": (".qkv.", "v")}
+    shards |= {".gate.": (".gate_up.", 0), ".up.": (".gate_up.", 1)}
+
+    def load(weights: Any) -> set[str]:
+        parameters, loaded = dict(model.named_parameters()), set()
+        for name, tensor in weights:
+            old = next((part for part in shards if part in name), None)
+            own, shard = (name, None) if old is None else (name.replace(old, shards[old][0]), shards[old][1])
+            parameter = parameters[own]
+            if hasattr(parameter, "weight_loader"):
+                parameter.weight_loader(parameter, tensor, shard)
+            else:
+                parameter.data.copy_(tensor + 1)
+            loaded.add(own)
+        return loaded
+
+    model.load_weights = load
+    return model  # type: ignore[no-any-return]
+
+
+def raises_on_rank_1_in_training(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
+    model: Any = dense.factory(vllm_config, parallel_context)
+    if parallel_context.get_tensor_parallel_rank() == 1 and not parallel_context.in_engine:
+        forward = model.layers[1].forward
+
+        def broken(*arguments: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise FloatingPointError("on this rank only")
+            return forward(*arguments)
+
+        model.layers[1].forward = broken
+    return model  # type: ignore[no-any-return]
+
+
+TARGETS = {
+    "dense": TargetOptions(spec=DENSE),
+    "gpt": TargetOptions(spec="genmodel.reference_models.gpt:factory"),
+    "native": TargetOptions(spec="vllm.model_executor.models.llama:LlamaForCausalLM"),
+    "class": TargetOptions(spec="six_targets:PlainClass", dtype="bfloat16"),
+    "lambda": TargetOptions(spec="a lambda", target=six_targets.lambda_, tensor_parallel_sizes=(2,)),
+    "closure": TargetOptions(spec="a closure", target=six_targets.make_closure(six_targets.FIXED)),
+    "callable object": TargetOptions(spec="an object", target=six_targets.Builder(2)),
+    "vLLM-style class": TargetOptions(spec="six_targets:StyledForVllm"),
+    "one kv head": TargetOptions(spec=DENSE, config="mutants.weight_mutants:ONE_KV_HEAD"),
+    "tied": TargetOptions(spec=DENSE, config="mutants.weight_mutants:TIED"),
+}
+INAPPLICABLE = {
+    "gpt": {"weights.tied"},
+    "native": {"gradients.parallel", "gradients.norm"},
+    "one kv head": set[str](),
+}
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
+    with Session(TARGETS.values()) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_correct_model_raises_no_alarm(session: Session, name: str) -> None:
+    """And what does not apply is known: fewer kv heads than ranks, only where there are."""
+    evidence = session.collect(TARGETS[name], SCENARIOS)
+    verdicts = [catalogue.judge(check, evidence) for check in CHECKS]
+    broken = [v for v in verdicts if v.status not in (Status.PASSED, Status.NOT_APPLICABLE)]
+    assert not broken, broken
+    inapplicable = {v.check for v in verdicts if v.status is Status.NOT_APPLICABLE}
+    assert inapplicable == INAPPLICABLE.get(name, set()) | (
+        set() if name == "one kv head" else {"parallelism.kv_replication"}
+    )
+    assert set(evidence.weights) == {1, 2}  # the whole model, to compare with, also where only TP=2 was asked for
+    assert [audit.world_size for audit in evidence.weights[2]] == [2, 2]  # type: ignore[union-attr]
+
+
+def test_what_a_rank_of_a_worker_holds(session: Session) -> None:
+    evidence: Any = session.collect(TARGETS["dense"], SCENARIOS)
+    (whole,), (first, second) = evidence.weights[1], evidence.weights[2]
+    assert whole.codes["embed_tokens.weight"].shape == (331, 128)
+    assert first.codes["embed_tokens.weight"].shape == second.codes["embed_tokens.weight"].shape == (166, 128)
+    assert torch.equal(whole.codes["embed_tokens.weight"][:166], first.codes["embed_tokens.weight"])
+    assert second.codes["embed_tokens.weight"][-1].tolist() == [PADDING] * 128
+    assert sum(math.prod(t.shape) for t in evidence.coded_checkpoint.values()) == sum(
+        codes.numel() for codes in whole.codes.values()
+    )
+    assert "no layers.0.attn.genmodel_unknown.weight" in whole.probes.unknown_refused
+    assert {o.tensor for o in whole.probes.omissions if o.refused is None} == set()
+    assert (whole.probes.omissions[0].exempt, second.probes) == (False, None)
+    assert evidence.parallel_gradients[2][1].loss == pytest.approx(evidence.parallel_gradients[1][0].loss, rel=1e-12)
+
+
+def test_the_holes_in_vllm_s_guard_are_known(session: Session) -> None:
+    """vLLM misses norms, and none of what its own linear layers and embeddings hold."""
+    evidence: Any = session.collect(TARGETS["native"], SCENARIOS)
+    omissions = evidence.weights[1][0].probes.omissions
+    assert {o.exempt for o in omissions if o.refused is None} == {True}
+    assert {o.exempt for o in omissions if o.refused is not None} == {False}
+    assert all(o.left for o in omissions if o.refused is None)
+
+
+def test_tied_embeddings_are_seen(session: Session) -> None:
+    evidence: Any = session.collect(TARGETS["tied"], SCENARIOS)
+    assert evidence.weights[2][1].tied == (("embed_tokens.weight", "lm_head.weight"),)
+    assert "lm_head.weight" not in evidence.coded_checkpoint
+
+
+def test_an_author_s_own_checkpoint_and_load_weights(session: Session, tmp_path: Path) -> None:
+    """Other names, fused on the way in, norms one larger than in the checkpoint."""
+    torch.manual_seed(0)
+    size, inner = 128, TINY_CONFIG["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("embed_tokens.weight", "lm_head.weight"), (331, size))
+    shapes["norm.weight"] = (size,)
+    for i in range(3):
+        shapes |= {f"layers.{i}.{name}_norm.weight": (size,) for name in ("attn", "mlp")}
+        shapes |= {f"layers.{i}.attn.{n}.weight": (rows, size) for n, rows in (("q", 128), ("k", 64), ("v", 64))}
+        shapes |= {f"layers.{i}.mlp.{name}.weight": (inner, size) for name in ("gate", "up")}
+        shapes |= {f"layers.{i}.attn.o_proj.weight": (size, size), f"layers.{i}.mlp.down.weight": (size, inner)}
+    save_file({name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    options = TargetOptions(spec="separate", target=with_separate_projections, weights=tmp_path)
+    evidence = session.collect(options, SCENARIOS)
+    verdicts = {check.id: catalogue.judge(check, evidence) for check in CHECKS}
+    broken = [v for v in verdicts.values() if v.status not in (Status.PASSED, Status.NOT_APPLICABLE)]
+    assert not broken, broken
+    followed = verdicts["weights.every_element"].measurements[-1]
+    assert followed.measured == 7
+    assert "layers.0.attn_norm.weight" in followed.detail
+
+
+def test_a_rank_that_raises_in_training_ends_the_group_and_nothing_else(session: Session) -> None:
+    options = TargetOptions(spec="raises", target=raises_on_rank_1_in_training)
+    evidence = session.collect(options, {"inspection", "parallel_gradients"})
+    found = evidence.parallel_gradients[2]
+    assert isinstance(found, Failure)
+    assert (found.rank, found.message) == (1, "FloatingPointError: on this rank only")
+    assert judged("gradients.parallel", evidence).status is Status.FAILED
+    assert judged("weights.replicated", session.collect(options, SCENARIOS)).status is Status.PASSED

@@ -21,20 +21,22 @@ Odd values only: a weight that loading scales by two, shifts by one or negates i
 """
 
 
-class TooLarge(Exception):
-    """The checkpoint has more elements than there are codes; the message is one line."""
+class Uncodable(Exception):
+    """The checkpoint has nothing to code, or more elements than there are codes; the message is one line."""
 
 
 def coded(directory: Path) -> dict[str, CodedTensor]:
     """Codes for the floating-point tensors of a checkpoint directory, the same ones in every process.
 
     Raises:
-        TooLarge: if there are more than LARGEST elements.
+        Uncodable: if there are no elements, or more than LARGEST.
     """
     shapes = dict(sorted(_shapes(directory)))
     total = sum(map(math.prod, shapes.values()))
+    if not total:
+        raise Uncodable("the checkpoint has no weights")
     if total > LARGEST:
-        raise TooLarge(f"the checkpoint has {total:,} elements, and at most {LARGEST:,} can be told apart in float32")
+        raise Uncodable(f"the checkpoint has {total:,} elements, and at most {LARGEST:,} can be told apart in float32")
     originals = _originals(directory, shapes)
     codes: dict[str, CodedTensor] = {}
     following = 1

@@ -195,7 +195,7 @@ def code_checkpoint(state: State, spec: Spec) -> tuple[dict[str, CodedTensor], s
     with state.phase("coding the checkpoint"):
         try:
             return coding.coded(Path(spec.directory)), ""
-        except coding.TooLarge as error:
+        except coding.Uncodable as error:
             return {}, str(error)
 
 
@@ -249,14 +249,7 @@ def generate(
     Every engine has a rendezvous port of its own: on a shared one, a rank that is ahead can meet the addresses
     of the engine before.
     """
-    collective = tensor_parallel_size > 1
-    os.environ.update(
-        RANK=str(state.rank if collective else 0),
-        LOCAL_RANK=str(state.rank if collective else 0),
-        WORLD_SIZE=str(tensor_parallel_size),
-        MASTER_ADDR="127.0.0.1",
-    )
-    launcher = {"distributed_executor_backend": "external_launcher"} if collective else {}
+    launcher = {"distributed_executor_backend": "external_launcher"} if tensor_parallel_size > 1 else {}
     common = {"max_model_len": plan.max_model_len, "kv_cache_memory_bytes": plan.kv_cache_bytes}
     traces: dict[str, list[Trace]] = {}
     llm, running = None, None
@@ -264,7 +257,7 @@ def generate(
         options = {**IN_PROCESS_OPTIONS, **common, **launcher, **scenario.options(plan)}
         if options != running:
             state.stop_engine()
-            os.environ["MASTER_PORT"] = str(port)
+            _take_rank(state, tensor_parallel_size, port)
             llm, running = state.start_engine(spec, tensor_parallel_size=tensor_parallel_size, **options), options
         traces[scenario.name] = []
         for through in scenario.passes:

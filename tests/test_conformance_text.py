@@ -36,6 +36,8 @@ def unbuilt() -> Evidence:
         inspection=failure,
         gradients=replace(failure, scenario="gradients"),
         reference=failure,
+        weights=dict.fromkeys(evidence.weights, failure),
+        parallel_gradients=dict.fromkeys(evidence.parallel_gradients, failure),
         traces=dict.fromkeys(evidence.traces, failure),
     )
 

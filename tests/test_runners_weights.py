@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,15 +16,18 @@ from torch import nn
 
 import six_targets
 from coded_samples import change_codes, rank_codes, whole_codes
-from evidence_samples import clean
+from evidence_samples import change_inspection, clean
 from genmodel import ParallelContext
 from genmodel.conformance import catalogue
 from genmodel.conformance.placement import Checkpoint, homes, place
 from genmodel.conformance.verdict import Status
+from genmodel.modeling.loading import load_weights
+from genmodel.modeling.parallel_context import GroupMember
 from genmodel.reference_models import dense
 from genmodel.runners import coding
 from genmodel.runners.checkpoint import TINY_CONFIG
-from genmodel.runners.evidence import CHANGED, PADDING, UNLOADED, CodedTensor, Evidence, Failure
+from genmodel.runners.evidence import CHANGED, PADDING, UNLOADED, CodedTensor, Evidence, Failure, WeightAudit
+from genmodel.runners.inspection import attention_layers
 from genmodel.runners.session import Session, TargetOptions
 
 DENSE = "genmodel.reference_models.dense:factory"
@@ -64,7 +68,10 @@ def test_codes_are_exact_or_there_are_none(tmp_path: Path) -> None:
     last = CodedTensor(shape=(1,), first_code=coding.LARGEST)
     assert coding.decode(coding.values(last)).item() == coding.LARGEST
     save_file({"w": torch.zeros(1 << 12, (1 << 11) + 1, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
-    with pytest.raises(coding.TooLarge, match=r"8,392,704 elements, and at most 8,388,608"):
+    with pytest.raises(coding.Uncodable, match=r"8,392,704 elements, and at most 8,388,608"):
+        coding.coded(tmp_path)
+    save_file({"n": torch.arange(7)}, tmp_path / "model.safetensors")
+    with pytest.raises(coding.Uncodable, match="no weights"):
         coding.coded(tmp_path)
 
 
@@ -161,6 +168,72 @@ def test_a_model_that_cannot_run_at_one_rank_and_need_not() -> None:
     assert {v.status for v in verdicts} == {Status.PASSED, Status.NOT_APPLICABLE}
     assert judged("weights.all_loaded", alone).status is Status.PASSED
     assert "needs two ranks" in judged("weights.local_order", alone).reason
+
+
+def described(size: int, codes: dict[str, CodedTensor]) -> tuple[WeightAudit, ...]:
+    """What the reference model's ranks hold, of groups larger than this machine has cores for."""
+    coded = {name: coding.values(tensor) for name, tensor in codes.items()}
+    config = dense.Config.from_hf(SimpleNamespace(**TINY_CONFIG))
+    audits = []
+    for rank in range(size):
+        model = dense.Dense(config, ParallelContext(tensor_parallel=GroupMember(rank, size)))
+        coding.poison(model.parameters())
+        load_weights(model, coded.items())
+        audits.append(
+            WeightAudit(
+                tensor_parallel_size=size,
+                rank=rank,
+                world_size=size,
+                codes=coding.decoded(dict(model.named_parameters(remove_duplicate=False))),
+                tied=(),
+                attention=tuple(attention_layers(model)),
+                probes=None,
+            )
+        )
+    return tuple(audits)
+
+
+def of_sizes(*sizes: int) -> Evidence:
+    codes, following = {}, 1
+    for name, parameter in dense.Dense(dense.Config.from_hf(SimpleNamespace(**TINY_CONFIG))).named_parameters():
+        codes[name] = CodedTensor(shape=tuple(parameter.shape), first_code=following)
+        following += parameter.numel()
+    evidence = change_inspection(
+        clean(),
+        hidden_size=128,
+        vocab_size=331,
+        embed=replace(clean().inspection.embed, reads=("embed_tokens.weight",)),  # type: ignore[union-attr]
+        logits=replace(clean().inspection.logits, reads=("lm_head.weight",)),  # type: ignore[union-attr]
+    )
+    return replace(
+        evidence,
+        target=replace(evidence.target, tensor_parallel_sizes=sizes),
+        coded_checkpoint=codes,
+        weights={size: described(size, codes) for size in sizes},
+    )
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Evidence:
+    return of_sizes(1, 2, 4)
+
+
+@pytest.mark.parametrize("check", [c for c in CHECKS if c.group != "gradients"], ids=lambda check: check.id)
+def test_four_ranks_with_two_kv_heads(check: catalogue.Check, four_ranks: Evidence) -> None:
+    verdict = catalogue.judge(check, four_ranks)
+    probed = check.id in ("weights.unknown_refused", "weights.missing_refused")
+    assert verdict.status is (Status.NOT_APPLICABLE if probed else Status.PASSED), verdict
+
+
+def test_a_kv_head_that_too_few_ranks_hold(four_ranks: Evidence) -> None:
+    """Rank 1 has the head of ranks 2 and 3, so that rank 0 is alone with the other."""
+    audits: Any = four_ranks.weights[4]
+    name = "layers.1.attn.qkv.weight"
+    mixed = torch.cat([audits[1].codes[name][:32], audits[2].codes[name][32:]])
+    wrong = (audits[0], replace(audits[1], codes={**audits[1].codes, name: mixed}), *audits[2:])
+    verdict = judged("parallelism.kv_replication", replace(four_ranks, weights={**four_ranks.weights, 4: wrong}))
+    assert verdict.status is Status.FAILED
+    assert "on rank 0 shares a kv head with 0 other ranks instead of 1" in verdict.measurements[-1].detail
 
 
 # Real workers ----------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ BOTH = (1, 2)
 # Loading ---------------------------------------------------------------------------------------------------
 
 
-@mutant(caught_by="weights.every_element", reports="vllm-gguf-plugin#103", tp=BOTH, alone=True)
+@mutant(caught_by="weights.every_element", reports="vllm-gguf-plugin#103", tp=BOTH, alone=True, at="lm_head")
 def head_s_shard_0_on_every_rank(model: Any) -> None:
     """Every rank loads the first rows of the head."""
 
@@ -38,13 +38,13 @@ def head_s_shard_0_on_every_rank(model: Any) -> None:
     model.lm_head.weight.weight_loader = load
 
 
-@mutant(caught_by="weights.all_loaded", reports="#10327", alone=True)
+@mutant(caught_by="weights.all_loaded", reports="#10327", alone=True, at="norm")
 def norm_never_loaded(model: Any) -> None:
     """`load_weights` looks for an older name of the last norm."""
     _load_leniently(model, skip=lambda name: name == "norm.weight")
 
 
-@mutant(caught_by="weights.replicated", reports="Megatron-LM#1446", tp=BOTH, alone=True)
+@mutant(caught_by="weights.replicated", reports="Megatron-LM#1446", tp=BOTH, alone=True, at="norm")
 def norm_loaded_on_rank_0_only(model: Any) -> None:
     """The others keep what the constructor made."""
     rank = _context(model).get_tensor_parallel_rank()
@@ -140,6 +140,7 @@ def global_heads_for_attention(model: Any) -> None:
     tp=BOTH,
     alone=True,
     config="mutants.weight_mutants:ONE_KV_HEAD",
+    at="layers.0.attn.qkv",
 )
 def slice_beyond_the_last_kv_head(model: Any) -> None:
     """k and v start at rank * kv_size although both ranks share one kv head."""

@@ -133,10 +133,11 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
         ValueError: if there is none, or a tensor holds NaN or infinity.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    files = sorted(directory.glob("*.safetensors"))
+    for path in files:
         with safe_open(path, framework="pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    if not tensors:
+    if not files:
         raise ValueError(f"no *.safetensors file in {directory}")
     bad = [
         name

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from genmodel.conformance import catalogue
+from genmodel.conformance import catalogue, text
 from genmodel.conformance.diagnosis import Diagnosis, Finding, describe, first_difference
+from genmodel.conformance.report import verdict_json
 from genmodel.conformance.verdict import Level, Measurement, Status, Verdict
+from genmodel.runners import recorded
 from genmodel.runners.evidence import Failure, ModuleRecord, ModuleRun, Point, RecordedSequence
 from genmodel.runners.recorded import chosen_positions
 from genmodel.runners.scenarios import ENGINE_SCENARIOS
@@ -226,6 +228,15 @@ def test_a_diagnosis_that_goes_wrong_says_so_and_no_more() -> None:
     assert "all modules agree: what differs is what spawned workers build or load" in said
 
 
+def test_a_failure_tells_where_it_begins() -> None:
+    check = catalogue.get("logits.values")
+    verdict = Diagnosis(lambda *_: run(changed(true_points(), "b", "output", 0.5))).of(check, failed(check.id))
+    told = text.failure(verdict, check, "pytest this")
+    assert "Where it begins\n  First to differ: b (Norm), at TP=1" in told
+    assert told.index("worst first") < told.index("Where it begins") < told.index("Usual causes")
+    assert verdict_json(verdict)["diagnosis"] == verdict.diagnosis
+
+
 @pytest.mark.parametrize("count", [2, 5, 30, 100])
 def test_positions_that_fit_hold_the_focus_and_the_edges(count: int) -> None:
     chosen = chosen_positions(prompt=20, length=40, count=count, focus=33)
@@ -245,6 +256,7 @@ OPTIONS = {
         target=f.factory,
         tensor_parallel_sizes=f.tp if isinstance(f, Mutant) else (f.tp,),
         reference=f.reference if isinstance(f, Mutant) else None,
+        config=f.config if isinstance(f, Mutant) else None,
     )
     for f in CASES
 }
@@ -274,6 +286,17 @@ def test_module_ranks_and_phase_of_a_fault_are_right(session: Session, fault: Fa
     found = diagnosed(session, fault)
     assert found is not None
     assert (found.module, found.ranks, found.phase) == (fault.at, fault.ranks, fault.phase), describe(found)
+
+
+def test_few_positions_of_a_large_model_are_enough(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "BUDGET", 1 << 20)
+    fault = next(fault for fault in FAULTS if fault.name == "down_in_decode")
+    session.collect(OPTIONS[fault.name], {"inspection"})
+    made = session.diagnose(OPTIONS[fault.name], "plain", 1, ("short", 20))
+    assert isinstance(made, ModuleRun)
+    assert len(made.reference.rows) < 50
+    found = found_in(made)
+    assert (found.module, found.phase) == (fault.at, fault.phase)
 
 
 def test_nine_of_ten_mutants_of_one_module_are_placed(session: Session) -> None:

@@ -31,7 +31,7 @@ from genmodel.runners.scenarios import ENGINE_SCENARIOS
 NOISE_FACTOR = 8.0
 """Noise floors an error may be: more than for logits, for hundreds of tensors are looked at and none may be blamed by
 chance. A fault is clearest where it begins, before later layers blur it. Measured on reference_models.dense and gpt in
-every in-process scenario but the last of gpt's, TP=1 and TP=2: no tensor is further than 0.23 of what is allowed."""
+all in-process scenarios, TP=1 and TP=2: no tensor is off by more than 0.23 of what is allowed."""
 GROUPS = ("logits", "scheduling", "refit", "deployment")
 """Checks that compare what engines compute."""
 

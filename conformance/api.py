@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from genmodel.conformance.catalogue import judge, select
-from genmodel.conformance.diagnosis import Diagnosis
+from genmodel.conformance.replay import Replay, diagnosis_of, save_run
 from genmodel.conformance.verdict import Level, Verdict
+from genmodel.runners.archive import index
 from genmodel.runners.session import Session, TargetOptions
 
 
@@ -23,6 +25,8 @@ def check_model(
     top_k: int = 10,
     level: Level = Level.RECOMMENDED,
     checks: Collection[str] | None = None,
+    save_evidence: str | Path | None = None,
+    replay: str | Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Verdict]:
     """Run a model through PyTorch and real vLLM engines and judge it.
@@ -39,6 +43,10 @@ def check_model(
         top_k: how many of the best tokens have to be in the reference's order.
         level: REQUIRED leaves recommended checks out.
         checks: ids such as "logits.values"; None means all of `level`.
+        save_evidence: a directory to write what the scenarios gave into.
+        replay: such a directory, to judge what it holds of `target` instead of running anything: config, reference,
+            weights, tp, dtype and top_k are then those of the saved run, and checks whose scenarios were not run are in
+            error.
         progress: called with one line whenever something slow begins.
 
     Returns:
@@ -47,6 +55,7 @@ def check_model(
     Raises:
         UnknownCheck: for an id that does not exist.
         UnusableTarget: for a target or options that cannot be used.
+        ArchiveError: for a `replay` that is not what `save_evidence` writes.
 
     Example:
         >>> for verdict in check_model("my_pkg:factory", tp=(1,)):
@@ -63,10 +72,15 @@ def check_model(
         dtype=dtype,
         top_k=top_k,
     )
-    with Session([options], progress) as session:
-        evidence = session.collect(options, frozenset().union(*(check.needs for check in chosen)))
-        diagnosis = Diagnosis(lambda scenario, size, focus: session.diagnose(options, scenario, size, focus))
-        return [diagnosis.of(check, judge(check, evidence)) for check in chosen]
+    source = Session([options], progress) if replay is None else Replay(index(Path(replay)))
+    with contextlib.closing(source) as session:
+        scenarios = frozenset().union(*(check.needs for check in chosen))
+        evidence = session.collect(options, scenarios)
+        diagnosis = diagnosis_of(session, options)
+        verdicts = [diagnosis.of(check, judge(check, evidence)) for check in chosen]
+    if save_evidence is not None:
+        save_run(Path(save_evidence), evidence, scenarios, diagnosis.findings)
+    return verdicts
 
 
 def _describe(target: Callable[..., Any]) -> str:

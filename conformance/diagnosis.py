@@ -35,6 +35,9 @@ all in-process scenarios, TP=1 and TP=2: no tensor is off by more than 0.23 of w
 GROUPS = ("logits", "scheduling", "refit", "deployment")
 """Checks that compare what engines compute."""
 
+Findings = dict[tuple[str, int], "Finding | str | None"]
+"""By scenario and size: the finding, why there can be none, or None where all modules agree."""
+
 Rerun = Callable[[str, int, tuple[str, int] | None], ModuleRun | Failure]
 """`Session.diagnose` of one target: scenario, tensor-parallel size, and a request and position known to be wrong."""
 
@@ -169,12 +172,17 @@ class Diagnosis:
 
     Args:
         rerun: runs a scenario with every module recorded.
+        known: what an earlier run found.
     """
 
-    def __init__(self, rerun: Rerun) -> None:
+    def __init__(self, rerun: Rerun, known: Findings | None = None) -> None:
         self._rerun = rerun
-        self._known: dict[tuple[str, int], Finding | str | None] = {}
-        """By scenario and size: the finding, why there can be none, or None where all modules agree."""
+        self._known: Findings = dict(known or {})
+
+    @property
+    def findings(self) -> Findings:
+        """All that was found so far."""
+        return dict(self._known)
 
     def of(self, check: Check, verdict: Verdict) -> Verdict:
         """The verdict with its diagnosis, if it has one."""

@@ -129,7 +129,7 @@ def _environment() -> dict[str, str]:
     return {
         "genmodel": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "vllm": _vllm.version(),
         "transformers": transformers.__version__,
         "platform": platform.platform(),

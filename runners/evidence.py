@@ -1,5 +1,8 @@
 """What comes back from running a model: plain, picklable, savable data. Checks read nothing else.
 
+`genmodel.runners.archive` writes and reads it by these annotations. A field that is added has a default, so that what
+was saved before can still be read; for any other change its VERSION goes up.
+
 Shapes: P prompt tokens, G generated tokens, K scored candidates per position, V vocabulary, T tokens.
 """
 
@@ -453,6 +456,18 @@ class TargetInfo:
     """Where the config comes from, in words."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One command that one host carried out."""
+
+    what: str
+    rank: int
+    begin: float
+    """Seconds since the session began."""
+    phases: dict[str, float]
+    """Seconds of each part, in order."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Evidence:
     """Everything known about one target; `traces` is keyed (scenario, tensor-parallel size), one trace per rank."""
@@ -475,5 +490,7 @@ class Evidence:
     traces: dict[tuple[str, int], tuple[Trace, ...] | Failure] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds by phase: import, prepare, engine start, generate, reference, gradients, tear-down."""
+    timeline: tuple[Span, ...] = ()
+    """What the hosts did, and when."""
     environment: dict[str, str] = field(default_factory=dict)
     """Versions: python, torch, vllm, transformers, genmodel, platform, cpu/gpu."""

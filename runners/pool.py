@@ -148,6 +148,8 @@ class Job:
         self._command = command
         self._waiting = hosts
         self._results: dict[int, Result] = {}
+        self.started = dict.fromkeys(hosts, time.perf_counter())
+        """When each rank could begin: at once, or when it had imported torch and vLLM."""
         self._culprit: tuple[int, float] | None = None
         """The first rank that failed, and when."""
 
@@ -183,6 +185,7 @@ class Job:
             return
         if kind == "ready":
             host.ready, host.phase = True, "importing the target"
+            self.started[rank] = time.perf_counter()
             self._pool.import_seconds = max(self._pool.import_seconds, value)
         elif kind == "phase":
             host.phase = value

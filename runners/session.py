@@ -16,7 +16,7 @@ from typing import Any
 
 import cloudpickle
 
-from genmodel.runners.evidence import Evidence, Failure, Inspection, ModuleRun, TargetInfo, Trace, WeightAudit
+from genmodel.runners.evidence import Evidence, Failure, Inspection, ModuleRun, Span, TargetInfo, Trace, WeightAudit
 from genmodel.runners.pool import Job, Pool, Result
 from genmodel.runners.protocol import Command, Spec
 from genmodel.runners.recorded import recorded_positions
@@ -162,7 +162,12 @@ class Session:
         if options not in self._targets:
             self._count += 1
             self._targets[options] = _Target(
-                self._pool, options, self._count, self._deadline, lambda line: self._say(options.spec, line)
+                self._pool,
+                options,
+                self._count,
+                self._deadline,
+                lambda line: self._say(options.spec, line),
+                self._begun,
             )
         return self._targets[options]
 
@@ -175,7 +180,13 @@ class _Target:
     """One target in a session: its checkpoint, and the evidence so far."""
 
     def __init__(
-        self, pool: Pool, options: TargetOptions, number: int, deadline: float, say: Callable[[str], None]
+        self,
+        pool: Pool,
+        options: TargetOptions,
+        number: int,
+        deadline: float,
+        say: Callable[[str], None],
+        begun: float,
     ) -> None:
         self._deadline = deadline
         self._pool = pool
@@ -183,6 +194,8 @@ class _Target:
         self._say = say
         self._done: set[str] = set()
         self._seconds: dict[str, float] = {}
+        self._begun = begun
+        self._timeline: list[Span] = []
         directory = pool.directory / f"target{number}"
         directory.mkdir()
         arch = "Genmodel_" + re.sub(r"\W+", "_", options.spec)
@@ -237,6 +250,7 @@ class _Target:
         self._run(inspection, drafted, wanted)
         if "reference" in self._done and wanted & {"reference", "deployed", "pipeline", *ENGINE_SCENARIOS}:
             self._refer(drafted)
+        self.evidence.timeline = tuple(self._timeline)
 
     def diagnose(self, scenario: str, size: int, focus: tuple[str, int] | None) -> ModuleRun | Failure:
         """Every module of one scenario, on every rank and in the reference."""
@@ -425,9 +439,11 @@ class _Target:
 
     def _wait(self, job: Job, what: str) -> dict[int, Result]:
         results = job.wait(self._deadline)
-        for result in results.values():
+        for rank, result in results.items():
             for phase, seconds in result.seconds.items():
                 self._spent(f"{what}: {phase}", seconds)
+            begin = job.started[rank] - self._begun
+            self._timeline.append(Span(what=what, rank=rank, begin=begin, phases=dict(result.seconds)))
         return results
 
     def _spent(self, phase: str, seconds: float) -> None:

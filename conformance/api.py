@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ def check_model(
     *,
     config: str | Path | None = None,
     reference: str | None = None,
+    names: str | Mapping[str, str | Sequence[str]] | None = None,
     weights: str | Path | None = None,
     tp: Sequence[int] = (1, 2),
     dtype: str = "float32",
@@ -34,9 +35,12 @@ def check_model(
     Only the scenarios that the chosen checks need are run, in processes of their own.
 
     Args:
-        target: "module:attr", or the class or factory itself.
-        config: a JSON file or "module:attr"; None means a tiny default.
-        reference: "module:attr" of an independent factory; None means the target's own pure-PyTorch run.
+        target: "module:attr", an architecture of vLLM's own, or the class or factory itself.
+        config: a JSON file, "module:attr" or "tiny"; None means a tiny default.
+        reference: "module:attr" of an independent factory, or a class "transformers:NAME"; None means the
+            target's own pure-PyTorch run, and transformers' class for one of vLLM's own architectures.
+        names: the model's parameter names with the reference's, where they differ: a TOML file, "module:attr"
+            or a dict.
         weights: a directory with safetensors; None means seeded adversarial weights.
         tp: tensor-parallel sizes of the engines.
         dtype: what the engines compute in.
@@ -67,6 +71,7 @@ def check_model(
         target=None if isinstance(target, str) else target,
         config=None if config is None else str(config),
         reference=reference,
+        names=names,
         weights=None if weights is None else Path(weights),
         tensor_parallel_sizes=tuple(tp),
         dtype=dtype,

@@ -138,6 +138,42 @@ def register(arch: str, model_class: type[nn.Module]) -> None:
     ModelRegistry.register_model(arch, model_class)
 
 
+def architectures() -> list[str]:
+    """Every architecture this vLLM has a model for, sorted."""
+    from vllm import ModelRegistry
+
+    return sorted(ModelRegistry.get_supported_archs())
+
+
+def text_generation_architectures() -> dict[str, str]:
+    """Which of them generate text from text, each with "vllm" or, where Hugging Face's code runs, "transformers"."""
+    from vllm.model_executor.models import registry
+
+    known: Any = registry
+    found = dict.fromkeys(known._TEXT_GENERATION_MODELS, "vllm")
+    for name, (_, model_class) in known._TRANSFORMERS_SUPPORTED_MODELS.items():
+        if "MultiModal" not in model_class:
+            found[name] = "transformers"
+    return found
+
+
+def architecture(name: str) -> type[nn.Module]:
+    """vLLM's own class of an architecture.
+
+    Raises:
+        KeyError: if there is none of that name.
+        Exception: whatever importing the model raises.
+    """
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import registry
+
+    known: Any = ModelRegistry.models
+    found: type[nn.Module] = known[name].load_model_cls()
+    # To see what a model can do, vLLM would import it once more in a process of its own.
+    known[name] = vars(registry)["_RegisteredModel"].from_model_cls(found)
+    return found
+
+
 def register_config() -> None:
     """Teach transformers, whose AutoConfig vLLM reads config.json with, `model_type: genmodel`."""
     from transformers import AutoConfig

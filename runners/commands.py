@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import platform
@@ -22,8 +23,10 @@ from genmodel.runners import (
     coding,
     engine,
     gradients,
+    hugging_face,
     inspection,
     modules,
+    naming,
     parallel_gradients,
     standalone,
     weights_audit,
@@ -63,13 +66,18 @@ class State:
     def target(self, spec: Spec) -> Any:
         """The target, resolved and registered with vLLM in this process once."""
         if spec.arch not in self._targets:
-            found = cloudpickle.loads(spec.pickled) if spec.pickled is not None else _resolve(spec.spec)
+            if spec.architecture is not None:
+                found = _architecture(spec.architecture)
+            else:
+                found = cloudpickle.loads(spec.pickled) if spec.pickled is not None else _resolve(spec.spec)
             self._targets[spec.arch] = found
         return self._targets[spec.arch]
 
     def register(self, spec: Spec) -> None:
         """Make vLLM know the target, here and in what this process spawns."""
         _vllm.register_config()
+        if spec.architecture is not None:
+            return  # every vLLM process knows its own
         register_model(spec.arch, spec.spec if spec.pickled is None else self.target(spec))
 
     def start_engine(self, spec: Spec, **options: Any) -> Any:
@@ -110,16 +118,64 @@ def _resolve(spec: str) -> Any:
         raise Unusable(str(error)) from None
 
 
+def _architecture(name: str) -> Any:
+    """vLLM's own model of that name."""
+    try:
+        return _vllm.architecture(name)
+    except KeyError:
+        close = difflib.get_close_matches(name, _vllm.architectures(), n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise Unusable(
+            f"vLLM {_vllm.version()} has no architecture {name}: {hint}a model of your own is my_pkg.my_module:factory"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - importing a model may fail in any way
+        raise Unusable(f"vLLM's {name} cannot be imported here: {type(error).__name__}: {error}") from None
+
+
+def _reference_class(spec: Spec, config: dict[str, Any] | None = None) -> Any:
+    """What the reference's factory or class is; `config` is the one of the checkpoint unless given."""
+    assert spec.reference is not None
+    if not hugging_face.names_class(spec.reference):
+        return _resolve(spec.reference)
+    return hugging_face.resolve(spec.reference, spec.architecture, config)
+
+
 def introduce(
     state: State, spec: Spec, config: str | None, weights: str | None
-) -> tuple[str, dict[str, Any], dict[str, str]]:
-    """Import the target and read its config: (kind of target, config, versions of everything)."""
-    found = state.target(spec)
-    if spec.reference is not None:
-        _resolve(spec.reference)
+) -> tuple[dict[str, Any], str | None, str, dict[str, str]]:
+    """Import target and reference and read the config.
+
+    Returns:
+        The config, the reference by the name of its class, where the config is from, and versions of everything.
+    """
+    state.target(spec)
+    if spec.names is not None:
+        try:
+            naming.load(spec.names)
+        except naming.Unmapped as error:
+            raise Unusable(f"--genmodel-names: {error}") from None
+    chosen = spec.reference
+    if chosen is None and spec.architecture is not None:
+        chosen = hugging_face.twin(spec.architecture)
+        if chosen is None:
+            raise hugging_face.no_twin(spec.architecture)
     own = None if weights is None else Path(weights) / "config.json"
     source = str(own) if config is None and own is not None and own.is_file() else config
-    return inspection.kind(found), _load_config(source), _environment()
+    tiny = source == hugging_face.TINY or (source is None and spec.architecture is not None)
+    found = None if tiny else _load_config(source)
+    independent = None if chosen is None else _reference_class(replace(spec, reference=chosen), found)
+    about = config or ("genmodel's tiny default" if weights is None else "beside the weights")
+    if tiny and hugging_face.is_class(independent):
+        found = hugging_face.tiny_config(independent)
+        about = f"tiny, from {hugging_face.config_class(independent).__name__}"
+    elif tiny and spec.architecture is not None:
+        raise Unusable(
+            f"--genmodel-config={hugging_face.TINY}: a small {spec.architecture} is made from the configuration class "
+            "of its reference, and this one has none; give a config with --genmodel-config=FILE.json"
+        )
+    if hugging_face.names_class(chosen):
+        chosen = hugging_face.spelt(independent)
+    return found or dict(checkpoint.TINY_CONFIG), chosen, about, _environment()
 
 
 def _environment() -> dict[str, str]:
@@ -144,10 +200,14 @@ def prepare(state: State, spec: Spec, config: dict[str, Any], weights: str | Non
     with state.phase("inspecting the target"):
         checkpoint.write_config(directory, config, spec.arch, spec.dtype)
         state.register(spec)
-        found, geometry = inspection.inspect_target(state.target(spec), spec.directory, spec.arch)
+        found, geometry = inspection.inspect_target(
+            state.target(spec), spec.directory, spec.arch, reads_config=spec.architecture is not None
+        )
         if geometry:
             checkpoint.write_config(directory, {**config, **geometry}, spec.arch, spec.dtype)
     with state.phase("making the weights"):
+        made = _make_weights(state, spec) if weights is None or spec.names is not None else {}
+        made = _under_own_names(state, spec, made)
         if weights is not None:
             source = Path(weights)
             try:
@@ -158,15 +218,16 @@ def prepare(state: State, spec: Spec, config: dict[str, Any], weights: str | Non
                 (directory / path.name).symlink_to(path.resolve())
         else:
             # In the tested dtype, so that the higher-precision reference has the very same weights.
-            made = {name: tensor.to(DTYPES[spec.dtype]) for name, tensor in _make_weights(state, spec).items()}
-            checkpoint.save_weights(directory, made)
+            checkpoint.save_weights(directory, {name: tensor.to(DTYPES[spec.dtype]) for name, tensor in made.items()})
         checkpoint.save_refit_weights(directory, spec.seed)
     return found
 
 
 def _make_weights(state: State, spec: Spec) -> dict[str, torch.Tensor]:
     """Adversarial weights under the reference's parameter names, for what the reference lacks is not there."""
-    origin = state.target(spec) if spec.reference is None else _resolve(spec.reference)
+    origin = state.target(spec) if spec.reference is None else _reference_class(spec)
+    if hugging_face.is_class(origin):
+        return hugging_face.adversarial_checkpoint(origin, Path(spec.directory), spec.seed)
     try:
         with standalone.build(origin, _vllm.model_config(spec.directory, "float32"), torch.float32) as built:
             return checkpoint.adversarial_weights(built.model, standalone.checkpoint_shapes(built.model), spec.seed)
@@ -176,6 +237,26 @@ def _make_weights(state: State, spec: Spec) -> dict[str, torch.Tensor]:
         raise Unusable(
             f"--genmodel-reference={spec.reference} does not build: {type(error).__name__}: {error}"
         ) from None
+
+
+def _under_own_names(state: State, spec: Spec, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The reference's checkpoint under the target's own parameter names, by the name map if there is one."""
+    if spec.reference is None or not theirs:
+        return theirs
+    with standalone.build(state.target(spec), _vllm.model_config(spec.directory, "float32"), torch.float32) as built:
+        own = standalone.checkpoint_shapes(built.model)
+        translates = callable(getattr(built.model, "load_weights", None))
+    mostly_alike = 2 * len(own.keys() & theirs.keys()) > len(theirs)
+    if spec.names is None and (translates or mostly_alike):
+        return theirs  # what is left over is for the model's loading to refuse
+    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+    try:
+        translation = naming.translate({} if spec.names is None else naming.load(spec.names), own, shapes)
+    except naming.Unmapped as error:
+        hint = "--genmodel-names is needed" if spec.names is None else "--genmodel-names"
+        raise Unusable(f"{hint}: {error}") from None
+    naming.save(Path(spec.directory), translation, shapes)
+    return naming.to_own(translation, theirs)
 
 
 def gradients_of(state: State, spec: Spec) -> Gradients:
@@ -286,9 +367,9 @@ def deploy(state: State, spec: Spec, plan: Plan, kept_as: str, parallel: dict[st
 def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], weights: str, dtype: str) -> ReferenceRun:
     """Teacher-force the reference on token sequences, in the tested dtype and in a higher precision."""
     independent = spec.reference is not None
-    target = _resolve(spec.reference) if spec.reference is not None else state.target(spec)
+    target = _reference_class(spec) if spec.reference is not None else state.target(spec)
     state.register(spec)
-    rounded = {name: t.to(DTYPES[dtype]) for name, t in checkpoint.read_weights(_weights_of(spec, weights)).items()}
+    rounded = _reference_weights(spec, weights, DTYPES[dtype])
     higher = _higher(dtype)
     runs: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
     native = False
@@ -302,7 +383,7 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], we
     errors = {s: (runs[dtype][s].double() - runs[higher][s].double()).abs() for s in sequences}
     own = "its vLLM layers evaluated by plain PyTorch" if native else "run as plain PyTorch outside vLLM"
     return ReferenceRun(
-        description=f"independent: {spec.reference}"
+        description=_describe_reference(spec)
         if spec.reference is not None
         else f"NOT INDEPENDENT: the target itself, {own}; a mistake in the model's own mathematics is on both sides",
         independent=independent,
@@ -312,6 +393,12 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], we
         noise_max={s: error.amax(-1).float() for s, error in errors.items()},
         noise_mean={s: error.mean(-1).float() for s, error in errors.items()},
     )
+
+
+def _describe_reference(spec: Spec) -> str:
+    """How reports call an independent reference."""
+    about = f" ({hugging_face.about()})" if hugging_face.names_class(spec.reference) else ""
+    return f"independent: {spec.reference}{about}"
 
 
 def record_modules(
@@ -338,7 +425,7 @@ def reference_modules(
     state: State, spec: Spec, sequences: Sequence[RecordedSequence], positions: Sequence[frozenset[int]], dtype: str
 ) -> ModuleRecord:
     """The same of the reference, teacher-forced on `sequences` in both precisions, at `positions` of each."""
-    target = _resolve(spec.reference) if spec.reference is not None else state.target(spec)
+    target = _reference_class(spec) if spec.reference is not None else state.target(spec)
     state.register(spec)
     records: list[ModuleRecord] = []
     with state.phase("recording the reference"):
@@ -349,7 +436,8 @@ def reference_modules(
             ]
             records.append(modules.one_after_another(parts))
     tested, higher = records
-    return replace(higher, points=modules.with_noise(tested.points, higher.points))
+    found = replace(higher, points=modules.with_noise(tested.points, higher.points))
+    return hugging_face.comparable(found) if hugging_face.is_class(target) else found
 
 
 def _record_reference(
@@ -362,7 +450,7 @@ def _record_reference(
 ) -> ModuleRecord:
     """The sequences of one set of weights, which are rounded to the first dtype, computed in the second."""
     tested, precision = (DTYPES[name] for name in dtypes)
-    rounded = {name: t.to(tested) for name, t in checkpoint.read_weights(_weights_of(spec, weights)).items()}
+    rounded = _reference_weights(spec, weights, tested)
     config = _vllm.model_config(spec.directory, "float32")
     with standalone.build(target, config, precision) as built, torch.no_grad():
         standalone.load(built, rounded)
@@ -376,6 +464,12 @@ def _record_reference(
     )
 
 
+def _reference_weights(spec: Spec, weights: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The "initial" or "refit" checkpoint, rounded, under the reference's names."""
+    found = checkpoint.read_weights(_weights_of(spec, weights))
+    return naming.for_reference(Path(spec.directory), {name: tensor.to(dtype) for name, tensor in found.items()})
+
+
 def _higher(dtype: str) -> str:
     return "float64" if dtype == "float32" else "float32"
 
@@ -386,7 +480,7 @@ def _weights_of(spec: Spec, weights: str) -> Path:
 
 
 def _load_config(source: str | None) -> dict[str, Any]:
-    """The configuration `--genmodel-config` names; the tiny default one for None."""
+    """The configuration `--genmodel-config` names; genmodel's own tiny one for None."""
     if source is None:
         return dict(checkpoint.TINY_CONFIG)
     if not source.endswith(".json"):
@@ -405,7 +499,7 @@ def _load_config(source: str | None) -> dict[str, Any]:
 def _config_object(source: str) -> dict[str, Any]:
     module_name, colon, attribute = source.partition(":")
     if not colon:
-        raise Unusable(f"--genmodel-config={source} is neither a .json file nor my_pkg.my_module:attribute")
+        raise Unusable(f"--genmodel-config={source} is neither a .json file, my_pkg.my_module:attribute nor tiny")
     try:
         found: Any = resolve(f"{module_name}:{attribute}", callable_only=False)
     except InterfaceError as error:

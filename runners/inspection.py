@@ -41,8 +41,16 @@ def kind(target: object) -> str:
     return "callable object"
 
 
-def inspect_target(target: Any, model_dir: str, arch: str) -> tuple[Inspection, dict[str, Any]]:
+def inspect_target(
+    target: Any, model_dir: str, arch: str, *, reads_config: bool = False
+) -> tuple[Inspection, dict[str, Any]]:
     """Build the target twice in plain PyTorch and call its methods once.
+
+    Args:
+        target: the factory or class.
+        model_dir: what config.json is read from.
+        arch: the name it is registered under.
+        reads_config: whether it is known to follow its config, as vLLM's own architectures do.
 
     Returns:
         The inspection, and the settings of config.json that the model turned out not to follow, with
@@ -67,7 +75,7 @@ def inspect_target(target: Any, model_dir: str, arch: str) -> tuple[Inspection, 
         configured = int(config.model_config.max_model_len)
         limit = _longest(first, configured)
     rebuilt = _build_parameters(target, model_dir)
-    geometry = _geometry(hf_config, embed, logits, attention, limit)
+    geometry = {} if reads_config else _geometry(hf_config, embed, logits, attention, limit)
     ignores = False
     if geometry:
         # A model that pads its logits differs from the config too; only one whose shapes do not move
@@ -214,7 +222,7 @@ def attention_layers(model: nn.Module) -> Iterator[AttentionInfo]:
                 num_kv_heads=layer.num_kv_heads,
                 head_dim=layer.head_dim,
             )
-        elif _vllm.is_attention(module):
+        elif _vllm.is_attention(module) and hasattr(module, "num_heads"):  # those of state-space models have none
             yield AttentionInfo(
                 module=name,
                 prefix=layer.layer_name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ class Spec:
     dtype: str
     seed: int
     reference: str | None
+    names: str | Mapping[str, Any] | None = None
+    """What translates the reference's parameter names, as `TargetOptions.names`."""
+
+    @property
+    def architecture(self) -> str | None:
+        """vLLM's name of the target if it is one of vLLM's own models, else None."""
+        return self.spec if self.pickled is None and ":" not in self.spec else None
 
 
 class Unusable(Exception):

@@ -53,9 +53,14 @@ class TargetOptions:
 
     spec: str
     config: str | None = None
-    """A JSON file or "module:attr" (a dict, a Hugging Face config, or a function returning either)."""
+    """A JSON file, "module:attr" (a dict, a Hugging Face config, or a function returning either), or "tiny"."""
     reference: str | None = None
-    """ "module:attr" of an independent factory; None means the factory itself outside vLLM."""
+    """ "module:attr" of an independent factory, or a class "transformers:NAME".
+
+    None means the factory itself outside vLLM, and for one of vLLM's own architectures transformers' class.
+    """
+    names: str | Mapping[str, Any] | None = None
+    """A TOML file, "module:attr" or a dict: the model's parameter names with the reference's, see `naming`."""
     weights: Path | None = None
     """A directory with safetensors; None means seeded adversarial weights."""
     tensor_parallel_sizes: tuple[int, ...] = (1, 2)
@@ -198,21 +203,23 @@ class _Target:
         self._timeline: list[Span] = []
         directory = pool.directory / f"target{number}"
         directory.mkdir()
-        arch = "Genmodel_" + re.sub(r"\W+", "_", options.spec)
+        own = "Genmodel_" + re.sub(r"\W+", "_", options.spec)
         self._spec = Spec(
-            arch=f"{arch}_{number}",
+            arch=f"{own}_{number}" if options.target is not None or ":" in options.spec else options.spec,
             spec=options.spec,
             pickled=None if options.target is None else cloudpickle.dumps(options.target),
             directory=str(directory),
             dtype=options.dtype,
             seed=options.seed,
             reference=options.reference,
+            names=options.names,
         )
         say("importing torch, vLLM and the target")
         self._weights = None if options.weights is None else str(options.weights.resolve())
-        _, self._config, environment = self._ask(
+        self._config, reference, about, environment = self._ask(
             "introduce", "import", usable=True, config=options.config, weights=self._weights
         )
+        self._spec = replace(self._spec, reference=reference)
         self.evidence = Evidence(
             target=TargetInfo(
                 name=options.spec,
@@ -224,8 +231,7 @@ class _Target:
                 weights=f"seeded adversarial weights (seed {options.seed})"
                 if options.weights is None
                 else str(options.weights),
-                config=options.config
-                or ("genmodel's tiny default" if options.weights is None else "beside the weights"),
+                config=about,
             ),
             seconds=self._seconds,
             environment=environment,

@@ -6,6 +6,7 @@ import contextlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from genmodel.modeling.attention import TrainableAttention
 from genmodel.modeling.loading import load_weights, loadable
 from genmodel.modeling.parallel_context import ParallelContext
 from genmodel.modeling.wrapper import call_factory, is_vllm_style
+from genmodel.runners import hugging_face
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def build(
     target is a vLLM-style class, or vLLM's code itself asks for its context, is a world of one set up.
 
     Args:
-        target: the factory or class.
+        target: the factory or class, or a class of transformers.
         vllm_config: what it receives as `vllm_config`.
         dtype: default dtype during the build, and of every floating-point parameter after it.
         context: what it receives as `parallel_context`; None means TP=1.
@@ -65,6 +67,9 @@ def build(
     """
     context = context if context is not None else ParallelContext()
     vllm_config.model_config.dtype = dtype
+    if hugging_face.is_class(target):
+        yield Standalone(hugging_face.build(target, Path(vllm_config.model_config.model), dtype), False, vllm_config)
+        return
     if not is_vllm_style(target):
         try:
             with default_dtype(dtype), _vllm.standalone():
@@ -79,7 +84,7 @@ def build(
         vllm_config.compilation_config.static_forward_context.clear()
         model = call_factory(target, vllm_config, context)
         _vllm.use_plain_linear(model)
-        native = [module for module in model.modules() if _vllm.is_attention(module)]
+        native = [m for m in model.modules() if _vllm.is_attention(m) and hasattr(getattr(m, "impl", None), "scale")]
         for module in native:
             module.forward = _dense_attention(module)
         yield Standalone(model.to(dtype).eval(), bool(native), vllm_config)

@@ -32,7 +32,7 @@ def session() -> Iterator[Session]:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("bad_targets", "'bad_targets' should look like my_pkg.my_module:factory"),
+        ("bad_targets", "no architecture bad_targets: a model of your own is my_pkg.my_module:factory"),
         ("no_such_module:factory", "no module named 'no_such_module'.*python -m pytest"),
         ("bad_targets:raise", "bad_targets has no attribute 'raise'; did you mean raises?"),
         ("bad_targets:not_callable", "bad_targets:not_callable is a dict"),

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from genmodel.modeling import _vllm
+from genmodel.modeling.parallel_context import ParallelContext
 
 
 class LoadError(ValueError):
@@ -32,11 +33,21 @@ def loadable(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, torch
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+def load_weights(
+    model: nn.Module,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    parallel_context: ParallelContext | None = None,
+) -> set[str]:
     """Load full checkpoint tensors into this rank's shards; every parameter must be met exactly.
 
     A tied parameter is loaded under any one of its names. Buffers are loaded where the checkpoint has
     them: constructors compute them otherwise.
+
+    Args:
+        model: its parameters say how they are sharded: by a `weight_loader`, as DTensors, or by Megatron-core's
+            attributes (`tensor_model_parallel`, `partition_dim`, `partition_stride`).
+        weights: (name, full tensor) pairs.
+        parallel_context: which rank this is, for Megatron's attributes; None means what vLLM says.
 
     Returns:
         The names loaded, tied names included.
@@ -45,6 +56,9 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) 
         LoadError: on names the model does not have, parameters the checkpoint does not have, or a
             shape for which nothing declares how it is sharded. One message lists all of them.
     """
+    context = parallel_context
+    if context is None:
+        context = ParallelContext.from_group(_vllm.parallel_group("tp")[2])
     parameters, buffers = loadable(model)
     problems: list[str] = []
     loaded: set[int] = set()
@@ -55,7 +69,7 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) 
             problems.append(f"the model has no {name}" + (f" (did you mean {close[0]}?)" if close else ""))
             continue
         try:
-            _load_one(name, destination, tensor)
+            _load_one(name, destination, tensor, context)
         except (LoadError, ValueError) as error:
             problems.append(str(error))
         loaded.add(id(destination))
@@ -67,7 +81,7 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) 
     return {name for name, p in {**parameters, **buffers}.items() if id(p) in loaded}
 
 
-def _load_one(name: str, destination: torch.Tensor, tensor: torch.Tensor) -> None:
+def _load_one(name: str, destination: torch.Tensor, tensor: torch.Tensor, context: ParallelContext) -> None:
     loader = getattr(destination, "weight_loader", None)
     if callable(loader):
         loader(destination, tensor)
@@ -77,7 +91,7 @@ def _load_one(name: str, destination: torch.Tensor, tensor: torch.Tensor) -> Non
         full = tensor.to(device=destination.device, dtype=destination.dtype)
         destination.copy_(distribute_tensor(full, destination.device_mesh, destination.placements))
     else:
-        shard = _declared_shard(destination, tensor)
+        shard = _declared_shard(destination, tensor, context)
         if destination.shape != shard.shape:
             raise LoadError(
                 f"{name} is {list(destination.shape)} on this rank but the checkpoint holds {list(tensor.shape)}, "
@@ -86,17 +100,20 @@ def _load_one(name: str, destination: torch.Tensor, tensor: torch.Tensor) -> Non
         destination.copy_(shard)
 
 
-def _declared_shard(destination: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's slice as Megatron-core's parameter attributes declare it, else the whole tensor."""
+def _declared_shard(destination: torch.Tensor, tensor: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    """This rank's slice as Megatron-core's parameter attributes declare it, else the whole tensor.
+
+    A `partition_stride` of n means that n matrices are fused along the partitioned dimension, each of which is
+    cut by itself (megatron/core/tensor_parallel/layers.py, _initialize_affine_weight_cpu).
+    """
     dim = getattr(destination, "partition_dim", -1)
     if not getattr(destination, "tensor_model_parallel", False) or dim < 0:
         return tensor
-    if getattr(destination, "partition_stride", 1) != 1:
-        return tensor  # interleaved partitions differ between layers: refuse by shape rather than guess
-    rank, size, _ = _vllm.parallel_group("tp")
-    if tensor.shape[dim] % size:
+    rank, size = context.get_tensor_parallel_rank(), context.get_tensor_parallel_world_size()
+    blocks = size * getattr(destination, "partition_stride", 1)
+    if tensor.shape[dim] % blocks:
         return tensor
-    return tensor.chunk(size, dim)[rank]
+    return torch.cat(tensor.chunk(blocks, dim)[rank::size], dim)
 
 
 def _some(names: list[str], limit: int = 8) -> str:

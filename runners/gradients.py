@@ -14,6 +14,7 @@ from torch import nn
 
 from genmodel.modeling.attention import TrainableAttention, packed_sequences
 from genmodel.modeling.wrapper import accepts
+from genmodel.runners import coding
 from genmodel.runners.evidence import Gradients, Packing, ParameterGradient
 from genmodel.runners.standalone import Standalone
 
@@ -39,7 +40,7 @@ def measure(built: Standalone, seed: int) -> Gradients:
         if loss.requires_grad:
             loss.backward()
     value = float(loss.detach())
-    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in trainable.items()}
+    gradients = {name: None if p.grad is None else coding.local(p.grad).clone() for name, p in trainable.items()}
     reached = {name: _norms(captured) for name, captured in inputs.items()}
     model.zero_grad(set_to_none=True)
 
@@ -136,10 +137,11 @@ def _directional(
         direction += gradient / norm
         direction /= direction.norm()
     analytic = float((gradient * direction).sum()) if gradient is not None and finite else 0.0
-    original = parameter.detach().clone()
+    values = coding.local(parameter)
+    original = values.clone()
 
     def at(step: float) -> float:
-        parameter.copy_(original + step * direction)
+        values.copy_(original + step * direction)
         return float(training_loss(built, batch))
 
     def central(step: float) -> float:
@@ -155,7 +157,7 @@ def _directional(
             best = (numeric, noise)
         if noise < 1e-6 * abs(numeric):
             break
-    parameter.copy_(original)
+    values.copy_(original)
     return ParameterGradient(norm=norm, finite=finite, analytic=analytic, numeric=best[0], noise=best[1])
 
 

@@ -40,11 +40,11 @@ def measure(
         seed: of the training batch.
     """
     config = _vllm.model_config(directory, "float32")
-    group: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if tensor_parallel_size > 1:
-        group = _vllm.world(config, rank, tensor_parallel_size, rendezvous)
-    with group:
-        context = ParallelContext.from_group(_vllm.parallel_group("tp")[2])
+    with contextlib.ExitStack() as group:
+        context = None
+        if tensor_parallel_size > 1:
+            group.enter_context(_vllm.world(config, rank, tensor_parallel_size, rendezvous))
+            context = ParallelContext.from_group(_vllm.parallel_group("tp")[2])
         with standalone.build(target, config, torch.float64, context) as built:
             weights = checkpoint.read_weights(Path(directory))
             trainable = {name: p for name, p in built.model.named_parameters() if p.requires_grad}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from genmodel.modeling import _vllm
@@ -60,34 +61,56 @@ def build(
         target: the factory or class, or a class of transformers.
         vllm_config: what it receives as `vllm_config`.
         dtype: default dtype during the build, and of every floating-point parameter after it.
-        context: what it receives as `parallel_context`; None means TP=1.
+        context: what it receives as `parallel_context`; None means TP=1, with a process group of one.
 
     Raises:
         Exception: whatever the factory raises.
     """
-    context = context if context is not None else ParallelContext()
     vllm_config.model_config.dtype = dtype
     if hugging_face.is_class(target):
         yield Standalone(hugging_face.build(target, Path(vllm_config.model_config.model), dtype), False, vllm_config)
         return
     if not is_vllm_style(target):
-        try:
-            with default_dtype(dtype), _vllm.standalone():
-                model = call_factory(target, vllm_config, context)
-        except Exception as error:
-            if not needs_vllm(error):
-                raise
-        else:
-            yield Standalone(model.to(dtype).eval(), False, vllm_config)
-            return
+        with contextlib.ExitStack() as stack:
+            given = context if context is not None else stack.enter_context(alone())
+            plain = _build_plain(target, vllm_config, dtype, given)
+            if plain is not None:
+                yield Standalone(plain.to(dtype).eval(), False, vllm_config)
+                return
     with _vllm.native_world(vllm_config), default_dtype(dtype):
         vllm_config.compilation_config.static_forward_context.clear()
-        model = call_factory(target, vllm_config, context)
+        given = context if context is not None else ParallelContext.from_group(_vllm.parallel_group("tp")[2])
+        model = call_factory(target, vllm_config, given)
         _vllm.use_plain_linear(model)
         native = [m for m in model.modules() if _vllm.is_attention(m) and hasattr(getattr(m, "impl", None), "scale")]
         for module in native:
             module.forward = _dense_attention(module)
         yield Standalone(model.to(dtype).eval(), bool(native), vllm_config)
+
+
+def _build_plain(target: Any, vllm_config: Any, dtype: torch.dtype, context: ParallelContext) -> nn.Module | None:
+    """None if the factory cannot do without vLLM's context."""
+    try:
+        with default_dtype(dtype), _vllm.standalone():
+            return call_factory(target, vllm_config, context)
+    except Exception as error:
+        if not needs_vllm(error):
+            raise
+        return None
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[ParallelContext]:
+    """What training code has that was launched as a single process: a group of one, which some libraries insist on."""
+    started = not dist.is_initialized()
+    if started:
+        store = dist.HashStore()  # type: ignore[attr-defined] # public, and left out of torch's __all__
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield ParallelContext.from_group(dist.group.WORLD)
+    finally:
+        if started:
+            dist.destroy_process_group()
 
 
 def _dense_attention(layer: Any) -> Callable[..., torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ from genmodel.reference_models.vllm_layers import VllmDense
 from genmodel.runners import checkpoint, standalone
 from genmodel.runners.session import Session, TargetOptions
 
+TARGETS = {"vllm_layers": "VllmDense", "megatron": "factory", "dtensor": "factory"}
 OPTIONS = {
-    "vllm_layers": TargetOptions(
-        spec="genmodel.reference_models.vllm_layers:VllmDense", reference="genmodel.reference_models.dense:factory"
-    ),
+    name: TargetOptions(
+        spec=f"genmodel.reference_models.{name}:{attribute}", reference="genmodel.reference_models.dense:factory"
+    )
+    for name, attribute in TARGETS.items()
 }
 SCENARIOS = {"inspection", "gradients", "parallel_gradients", "weights", "reference", "plain"}
 
@@ -32,7 +35,10 @@ def session() -> Iterator[Session]:
         yield running
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+NO_MEGATRON = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+
+
+@pytest.mark.parametrize("name", ["vllm_layers", pytest.param("megatron", marks=NO_MEGATRON), "dtensor"])
 def test_conforms(session: Session, name: str) -> None:
     """At TP=1 and TP=2, forward, backward and loading: no check that applies fails."""
     evidence = session.collect(OPTIONS[name], SCENARIOS)

@@ -11,12 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
 
 from evidence_samples import clean
 from genmodel.conformance import catalogue
 from genmodel.conformance.verdict import Status
-from genmodel.reference_models import dense
+from genmodel.modeling.parallel_context import ParallelContext
+from genmodel.reference_models import dense, dtensor
 from genmodel.runners import checkpoint, gradients, standalone
+from genmodel.runners.coding import local
 
 
 def in_float32(model: Any) -> None:
@@ -84,3 +88,27 @@ def test_a_correct_model_raises_no_alarm(variant: Any, seed: int) -> None:
     assert measured.declares_dropout is (variant is with_dropout)
     assert measured.packing is not None
     assert all(min(norms) > 0 for norms in measured.attention_inputs.values())
+
+
+def parallelised_at_any_size(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
+    """Every sharded parameter a DTensor, on a single rank too."""
+    model = dtensor.Decoder(dense.Config.from_hf(vllm_config.model_config.hf_config))
+    mesh = parallel_context.device_mesh
+    assert mesh is not None, "a model standalone has a process group"
+    return parallelize_module(model, mesh, dtensor.PLAN)
+
+
+def test_dtensors_of_one_rank_are_measured_like_the_tensors_they_are() -> None:
+    """The same losses and derivatives to the last bit, and weights that end as they began."""
+    hf_config = SimpleNamespace(**checkpoint.TINY_CONFIG | {"num_hidden_layers": 1})
+    config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
+    found = []
+    for target in (dtensor.factory, parallelised_at_any_size):
+        with standalone.build(target, config, torch.float64) as built:
+            kinds = {type(p) for p in built.model.parameters()}
+            weights = checkpoint.adversarial_weights(built.model, standalone.checkpoint_shapes(built.model), 0)
+            standalone.load(built, weights)
+            found.append(gradients.measure(built, 0))
+            assert all(torch.equal(local(p), weights[name].double()) for name, p in built.model.named_parameters())
+    assert DTensor in kinds
+    assert found[0] == found[1]

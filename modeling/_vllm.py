@@ -8,6 +8,7 @@ cannot be running it.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -208,6 +209,25 @@ def keep_imports_frozen() -> None:
     vars(core)["freeze_gc_heap"] = lambda: None
 
 
+def import_engine() -> None:
+    """Import what engines and their workers import when they start, for processes that are forked from this one."""
+    import importlib
+
+    from vllm.platforms import current_platform
+
+    device = "cpu" if current_platform.is_cpu() else "gpu"
+    for name in (
+        "vllm.entrypoints.llm",
+        "vllm.v1.executor.multiproc_executor",
+        "vllm.model_executor.model_loader.default_loader",
+        f"vllm.v1.worker.{device}_worker",
+        f"vllm.v1.worker.{device}_model_runner",
+        "torch.distributed.tensor.parallel",
+    ):
+        with contextlib.suppress(ImportError):  # another version's name: then it is imported when it is needed
+            importlib.import_module(name)
+
+
 def is_text_generation_model(model_class: type[nn.Module]) -> tuple[bool, str]:
     """vLLM's own verdict on the class, and what it logged while forming it."""
     import logging
@@ -302,8 +322,10 @@ def start_engine(model_dir: str, **options: Any) -> Any:
         model_dir: directory with config.json and safetensors.
         **options: engine arguments, passed on.
     """
-    from vllm import LLM
+    from vllm import LLM, envs
 
+    if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        _count_ranks_eagerly()
     if options.get("distributed_executor_backend") == "external_launcher":
         _leave_shared_memory_alone()
     return LLM(
@@ -396,6 +418,18 @@ def _leave_shared_memory_alone() -> None:
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False  # type: ignore[method-assign]
+
+
+def _count_ranks_eagerly() -> None:
+    """Spare every in-process engine's host an inductor compile of one comparison in the sampler, about 2 s.
+
+    It ranks the sampled token among the logits, which the harness does not read.
+    """
+    from vllm.v1.sample import sampler
+
+    compiled: Any = getattr(sampler, "batched_count_greater_than", None)
+    if hasattr(compiled, "_torchdynamo_orig_callable"):
+        vars(sampler)["batched_count_greater_than"] = compiled._torchdynamo_orig_callable
 
 
 def stop_engine(llm: Any) -> None:
@@ -541,21 +575,20 @@ def observe_forward(
     return model
 
 
-def worker_report(worker: Any) -> dict[str, Any]:
-    """Run inside a worker by `collective_rpc`: which process holds which model on which backend."""
+def worker_report(worker: Any, driver: int) -> dict[str, Any]:
+    """Run inside a worker by `collective_rpc` of process `driver`: which process holds which model on which backend."""
     import multiprocessing
-    import os
 
     model = worker.get_model()
     inner = model.model if type(model).__mro__[1].__name__ == "CallableModelWrapper" else model
     backends = {type(m.impl).__name__ for m in model.modules() if is_attention(m) and hasattr(m, "impl")}
-    parent = multiprocessing.parent_process()
+    started = getattr(multiprocessing.current_process(), "_start_method", "unknown")
     return {
         "pid": os.getpid(),
         "model_class": f"{type(inner).__module__}.{type(inner).__qualname__}",
         "backend": ", ".join(sorted(backends)),
         "dtype": str(next((p.dtype for p in model.parameters()), torch.get_default_dtype())).removeprefix("torch."),
-        "start_method": multiprocessing.get_start_method(allow_none=True) if parent is not None else "in-process",
+        "start_method": "in-process" if os.getpid() == driver else str(started),
     }
 
 
@@ -568,5 +601,5 @@ def engine_facts(llm: Any) -> dict[str, Any]:
         "executor": str(config.parallel_config.distributed_executor_backend),
         "block_size": config.cache_config.block_size,
         "eager": config.model_config.enforce_eager,
-        "workers": llm.collective_rpc(worker_report),
+        "workers": llm.collective_rpc(worker_report, args=(os.getpid(),)),
     }

@@ -81,7 +81,7 @@ class State:
         register_model(spec.arch, spec.spec if spec.pickled is None else self.target(spec))
 
     def start_engine(self, spec: Spec, **options: Any) -> Any:
-        """Start an engine that `stop_engine` or `recover` will end."""
+        """Start an engine that `stop_engine` will end."""
         self.register(spec)
         with self.phase("starting the engine"):
             self._engine = _vllm.start_engine(spec.directory, **{"dtype": spec.dtype, "seed": spec.seed, **options})
@@ -101,14 +101,6 @@ class State:
         if running is not None:
             with self.phase("ending the engine"):
                 _vllm.stop_engine(running)
-
-    def recover(self) -> None:
-        """After a command that raised: leave nothing of it behind for the next."""
-        try:
-            self.stop_engine()
-        except Exception:  # noqa: BLE001 - a broken engine may fail to end in any way; its groups must still go
-            self._engine = None
-        _vllm.leave_world()
 
 
 def _resolve(spec: str) -> Any:

@@ -19,6 +19,7 @@ FULL_VOCABULARY = 4096
 CANDIDATES = 1024
 DEPLOYED_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # or what stands for it here: see runners/forked.py
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # our own question to the workers travels as a function
 }
 

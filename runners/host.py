@@ -1,18 +1,15 @@
 """A host: a long-lived process, one per rank, that imports torch and vLLM once and runs command after command.
 
-Started as `python -m genmodel.runners.host FD`, where FD is one end of a socket pair. Everything the
-model prints goes to the host's log; what is sent back is data.
+Forked from a process that has done so (`genmodel.runners.launcher`), with one end of a socket pair. Everything
+the model prints goes to the host's log; what is sent back is data.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
-import os
 import pickle
 import signal
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -42,25 +39,18 @@ class Phase:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def main() -> None:
+def serve(connection: Connection, rank: int) -> None:
     """Serve commands until told to stop or until the other end is gone."""
-    # The kernel ends this process when the one that started it dies, however it dies.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    connection = Connection(int(sys.argv[1]))
-    settings = connection.recv()
-    os.environ.update(settings["environment"])
-    os.chdir(settings["directory"])
-    sys.path[:] = settings["path"]
-    start = time.perf_counter()
     try:
-        from genmodel.runners import commands
+        # Both were imported before the fork, unless that failed: then they fail here, where it can be told.
+        from genmodel.runners import commands, preloaded
     except Exception as error:  # noqa: BLE001 - an import can fail in any way
-        connection.send(("failed", describe_failure(error, "start", settings["rank"], "importing torch and vLLM")))
+        connection.send(("failed", describe_failure(error, "start", rank, "importing torch and vLLM")))
         return
-    connection.send(("ready", time.perf_counter() - start))
-    state = commands.State(rank=settings["rank"])
+    connection.send(("ready", preloaded.SECONDS))
+    state = commands.State(rank=rank)
     while True:
         try:
             command = connection.recv()
@@ -79,11 +69,5 @@ def _run(commands: Any, state: Any, command: Command, connection: Connection) ->
         # By value: multiprocessing would hand tensors over in shared memory, which dies with this process.
         data = pickle.dumps((result, phase.seconds), pickle.HIGHEST_PROTOCOL)
     except BaseException as error:  # noqa: BLE001 - models also raise SystemExit and KeyboardInterrupt
-        failure = describe_failure(error, command.scenario, state.rank, phase.current)
-        state.recover()
-        return "failed", failure
+        return "failed", describe_failure(error, command.scenario, state.rank, phase.current)
     return "done", data
-
-
-if __name__ == "__main__":
-    main()

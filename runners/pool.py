@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from genmodel.runners.evidence import Failure
-from genmodel.runners.leftovers import end_group, segments, sweep
+from genmodel.runners.launcher import HostProcess, Launcher
+from genmodel.runners.leftovers import PATIENCE, end_group, segments, sweep
 from genmodel.runners.protocol import Command
 
 IMPORT_DEADLINE = 240.0
@@ -31,7 +30,7 @@ GRACE = 5.0
 
 @dataclass(slots=True)
 class _Host:
-    process: subprocess.Popen[bytes]
+    process: HostProcess
     connection: Connection
     log: Path
     log_start: int = 0
@@ -50,7 +49,7 @@ class Result:
 
 
 class Pool:
-    """`size` hosts with ranks 0 .. size-1; a rank whose host died gets a new one at its next command.
+    """`size` hosts with ranks 0 .. size-1; a rank whose host failed gets a new one at its next command.
 
     Args:
         size: the largest tensor-parallel size that will be asked for.
@@ -61,6 +60,7 @@ class Pool:
         self._environment = dict(environment)
         self.directory = Path(tempfile.mkdtemp(prefix="genmodel-"))
         self._hosts: list[_Host | None] = [None] * size
+        self._launcher: Launcher | None = None
         self.import_seconds = 0.0
         self._segments = segments()
 
@@ -97,9 +97,11 @@ class Pool:
         deadline = time.monotonic() + 2.0
         for rank, host in enumerate(self._hosts):
             if host is not None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    host.process.wait(max(0.0, deadline - time.monotonic()))
+                host.process.wait(max(0.0, deadline - time.monotonic()))
                 self.discard(rank)
+        if self._launcher is not None:
+            self._launcher.close()
+            self._launcher = None
         sweep(self._segments)
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -108,9 +110,20 @@ class Pool:
         host, self._hosts[rank] = self._hosts[rank], None
         if host is None:
             return
-        end_group(host.process.pid)
-        host.process.wait()
+        host.process.send_signal(signal.SIGKILL)  # it may not lead a group yet
+        if host.process.pid is not None:
+            end_group(host.process.pid)
+        host.process.wait(PATIENCE)
         host.connection.close()
+
+    @property
+    def deaths(self) -> list[Connection]:
+        """What becomes readable when a host ends."""
+        return [] if self._launcher is None else [self._launcher.connection]
+
+    @property
+    def _launcher_log(self) -> Path:
+        return self.directory / "launcher.log"
 
     def _ensure(self, rank: int) -> _Host:
         host = self._hosts[rank]
@@ -120,24 +133,26 @@ class Pool:
         return host
 
     def _spawn(self, rank: int) -> _Host:
+        if self._launcher is not None and not self._launcher.alive:
+            self._launcher.close()
+            self._launcher = None
+        if self._launcher is None:
+            # One thread while it imports, for a process with several must not fork; hosts set their own number.
+            environment = {**self._environment, "OMP_NUM_THREADS": "1"}
+            self._launcher = Launcher(environment, self._launcher_log)
         ours, theirs = socket.socketpair()
         log = self.directory / f"host{rank}.log"
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "genmodel.runners.host", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # so that it and all it starts can be killed together
-                env={**os.environ, **self._environment},
-            )
+        log.touch()
+        settings = {
+            "rank": rank,
+            "environment": self._environment,
+            "directory": str(Path.cwd()),
+            "path": list(sys.path),
+            "log": str(log),
+        }
+        process = self._launcher.start(theirs, settings)
         theirs.close()
-        connection = Connection(ours.detach())
-        connection.send(
-            {"rank": rank, "environment": self._environment, "directory": str(Path.cwd()), "path": list(sys.path)}
-        )
-        return _Host(process, connection, log)
+        return _Host(process, Connection(ours.detach()), log)
 
 
 class Job:
@@ -159,27 +174,34 @@ class Job:
         """Every rank's result; a rank that dies or is late is killed, and its partners with it.
 
         Args:
-            deadline: seconds from now for the command; hosts still importing get IMPORT_DEADLINE on top.
+            deadline: seconds for the command, from now or from when the last of the hosts has imported, which
+                may itself take IMPORT_DEADLINE.
             on_phase: called with (rank, phase) as hosts report what they are doing.
         """
-        importing = any(not host.ready for host in self._waiting.values())
+        importing = self._importing
         end = time.monotonic() + deadline + (IMPORT_DEADLINE if importing else 0.0)
         while self._waiting:
             connections = [host.connection for host in self._waiting.values()]
-            ready = wait(connections, 1.0)
+            ready = wait([*connections, *self._pool.deaths], 1.0)
             for rank, host in list(self._waiting.items()):
-                # A dead host's children may hold its end of the socket open, so ask for its exit too.
                 if host.connection in ready or host.process.poll() is not None:
                     self._receive(rank, host, on_phase)
+            if importing and not self._importing:
+                importing, end = False, time.monotonic() + deadline
             if self._culprit is not None:
                 end = min(end, self._culprit[1] + GRACE)
             if self._waiting and time.monotonic() > end:
                 self._give_up(deadline)
         return self._results
 
+    @property
+    def _importing(self) -> bool:
+        return any(not host.ready for host in self._waiting.values())
+
     def _receive(self, rank: int, host: _Host, on_phase: Callable[[int, str], None]) -> None:
         try:
-            kind, value = host.connection.recv()
+            # A dead host's children may hold its end of the socket open: then there is nothing, and no end either.
+            kind, value = host.connection.recv() if host.connection.poll() else _nothing()
         except (EOFError, OSError):
             self._fail(rank, self._death(rank, host))
             return
@@ -200,14 +222,20 @@ class Job:
     def _fail(self, rank: int, failure: Failure) -> None:
         host = self._waiting.pop(rank)
         self._results[rank] = Result(None, _with_log(failure, host), {})
+        # What a model that failed has left behind in its process nobody knows, and a new one costs little.
+        self._pool.discard(rank)
         # In a collective the others may now wait for this rank for ever, or fail likewise any moment.
         if self._culprit is None:
             self._culprit = rank, time.monotonic()
 
     def _death(self, rank: int, host: _Host) -> Failure:
-        code = host.process.wait()
-        how = f"died with {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-        self._pool.discard(rank)
+        code = host.process.wait(PATIENCE)
+        if code is None:
+            how = "closed its connection"
+        elif code < 0:
+            how = f"died with {signal.Signals(-code).name}"
+        else:
+            how = f"exited with status {code}"
         return Failure(
             kind="died",
             scenario=self._command.scenario,
@@ -238,7 +266,10 @@ class Job:
                     message=own if rank in blamed else f"ended because rank {culprit} failed",
                 ),
             )
-            self._pool.discard(rank)
+
+
+def _nothing() -> NoReturn:
+    raise EOFError
 
 
 def _with_log(failure: Failure, host: _Host, lines: int = 25) -> Failure:

@@ -196,12 +196,16 @@ def _bfloat16_unproven(traces: Sequence[Trace]) -> str:
     return f"the model's parameters are {dtype}" if dtype != "bfloat16" else _ranks_unproven(traces[0])
 
 
+FRESH_START_METHODS = ("spawn", "forkserver")
+"""Of these multiprocessing's processes have nothing of the one that started them but what they were sent."""
+
+
 def deployed_unproven(traces: Sequence[Trace]) -> str:
-    """Whether a trace comes from what users deploy: spawned workers, one for each rank."""
+    """Whether a trace comes from what users deploy: fresh worker processes, one for each rank."""
     (trace,) = traces
     proof = trace.proof
-    if proof.start_method != "spawn" or proof.pid in proof.worker_pids:
-        return f"the workers were not spawned processes: {proof.start_method}, pids {proof.worker_pids}"
+    if proof.start_method not in FRESH_START_METHODS or proof.pid in proof.worker_pids:
+        return f"the workers were not fresh processes: {proof.start_method}, pids {proof.worker_pids}"
     if len(set(proof.worker_pids)) != trace.tensor_parallel_size:
         return f"{len(set(proof.worker_pids))} workers for {trace.tensor_parallel_size} ranks"
     return ""
@@ -212,12 +216,13 @@ DEPLOYED = Pass(name="deployed", batches=_together)
 
 
 def pipeline_unproven(traces: Sequence[Trace]) -> str:
-    """Whether a trace comes from two spawned workers with half of the layers each."""
+    """Whether a trace comes from two fresh worker processes with half of the layers each."""
     (trace,) = traces
     proof = trace.proof
     if proof.world_size != 2 or proof.tensor_parallel_size != 1 or len(set(proof.worker_pids)) != 2:
         return f"world size {proof.world_size}, {len(set(proof.worker_pids))} workers"
-    return "" if proof.start_method == "spawn" else f"the workers were not spawned: {proof.start_method}"
+    fresh = proof.start_method in FRESH_START_METHODS
+    return "" if fresh else f"the workers were not fresh processes: {proof.start_method}"
 
 
 def _refit_pass(name: str, weights: str) -> Pass:

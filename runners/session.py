@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
+import itertools
 import os
+import random
 import re
 import socket
 import time
@@ -41,6 +42,10 @@ HOST_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+UNASSIGNED_PORTS = range(12_000, 32_000)
+"""Below those that Linux gives out for outgoing connections."""
 
 
 class UnusableTarget(Exception):
@@ -501,9 +506,15 @@ def _explain(failure: Failure) -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+    """Ports nobody listens on now, and which the kernel gives to nobody who asks for any port."""
+    ports = random.SystemRandom().sample(UNASSIGNED_PORTS, len(UNASSIGNED_PORTS))
+    return list(itertools.islice(filter(_free, ports), count))
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True

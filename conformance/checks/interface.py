@@ -9,6 +9,7 @@ from genmodel.conformance.access import inspection, rank_zero, sizes
 from genmodel.conformance.catalogue import check
 from genmodel.conformance.verdict import Measurement, NotApplicable, row, violations
 from genmodel.runners.evidence import Evidence, Probe
+from genmodel.runners.scenarios import FRESH_START_METHODS
 
 
 @check(needs=("inspection",))
@@ -203,8 +204,8 @@ def reaches_workers(evidence: Evidence) -> Iterator[Measurement]:
         allowed=0,
         detail=f"{len(workers)} of {size} are processes of their own",
     )
-    spawned = proof.start_method == "spawn"
-    yield violations("start methods that share memory", () if spawned else (proof.start_method,), where)
+    fresh = proof.start_method in FRESH_START_METHODS
+    yield violations("start methods that share memory", () if fresh else (proof.start_method,), where)
     other = () if proof.model_class == expected else (f"{proof.model_class} instead of {expected}",)
     yield violations("other models built by the workers", other, where)
 

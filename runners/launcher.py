@@ -1,0 +1,153 @@
+"""Starts hosts: one process imports torch and vLLM, once, and every host is forked from it.
+
+    pool ──► launcher ──► fork server ──fork──► hosts, and the processes of their default engines
+
+The launcher exists so that multiprocessing's fork server, of which a process has only one, is not that of
+pytest's process, whose environment, main module and own use of multiprocessing are the user's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from multiprocessing import forkserver, reduction
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from genmodel.runners.forked import die_with_parent, serve
+from genmodel.runners.leftovers import end_group
+
+
+class HostProcess:
+    """A host as its pool sees it, in the manner of subprocess.Popen."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        self.pid: int | None = None
+        """None until it runs, which is after the fork server's imports."""
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal, or None while it runs or is about to."""
+        self._launcher.listen(0.0)
+        return self.returncode
+
+    def wait(self, seconds: float) -> int | None:
+        """`poll` once it has ended, or after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while self.poll() is None and (left := deadline - time.monotonic()) > 0:
+            self._launcher.listen(left)
+        return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Does nothing to a process that does not run."""
+        if self.poll() is None and self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+class Launcher:
+    """The pool's end of a launcher process.
+
+    Args:
+        environment: additions to the environment of the fork server, which is there when torch is imported.
+        log: where the launcher and the fork server write, which do so only if something is wrong with them.
+    """
+
+    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
+        ours, theirs = socket.socketpair()
+        self.connection = Connection(ours.detach())
+        self._processes: dict[int, HostProcess] = {}
+        self._numbers = itertools.count()
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "genmodel.runners.launcher", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # so that a terminal's signals reach only pytest
+                env={**os.environ, **environment},
+            )
+        theirs.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can start hosts."""
+        return self._process.poll() is None
+
+    def start(self, host_end: socket.socket, settings: dict[str, Any]) -> HostProcess:
+        """Start a host at one end of a socket pair; returns at once."""
+        number = next(self._numbers)
+        process = self._processes[number] = HostProcess(self)
+        with contextlib.suppress(OSError):  # a launcher that is gone is noticed by `listen`
+            self.connection.send((number, settings))
+            reduction.send_handle(self.connection, host_end.fileno(), self._process.pid)
+        return process
+
+    def listen(self, seconds: float) -> None:
+        """Take what the launcher has to tell, waiting so long for the first of it."""
+        try:
+            while self._processes and self.connection.poll(seconds):
+                number, pid, status = self.connection.recv()
+                process = self._processes[number]
+                process.pid = pid
+                if status is not None:
+                    process.returncode = status
+                    del self._processes[number]
+                seconds = 0.0
+        except (EOFError, OSError):
+            # The kernel ends hosts whose fork server is gone, and that goes with its launcher.
+            for process in self._processes.values():
+                process.returncode = -signal.SIGKILL
+            self._processes.clear()
+
+    def close(self) -> None:
+        """End it, and the fork server; hosts that still run are killed."""
+        self.connection.close()
+        end_group(self._process.pid)
+        self._process.wait()
+
+
+def main() -> None:
+    """Serve the pool until it is gone."""
+    die_with_parent()
+    connection = Connection(int(sys.argv[1]))
+    multiprocessing.set_forkserver_preload(["genmodel.runners.preloaded"])
+    forkserver.ensure_running()
+    context = multiprocessing.get_context("forkserver")
+    running: dict[int, tuple[int, Any]] = {}
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            for ready in wait([connection, *running]):
+                if ready is connection:
+                    number, settings = connection.recv()
+                    end = Connection(reduction.recv_handle(connection))
+                    process = context.Process(target=serve, args=(end, settings))
+                    try:
+                        process.start()
+                    except (EOFError, OSError):  # the fork server died, of its imports or by the kernel
+                        connection.send((number, None, -signal.SIGKILL))
+                    else:
+                        running[process.sentinel] = number, process
+                        connection.send((number, process.pid, None))
+                    end.close()
+                else:
+                    assert isinstance(ready, int)
+                    number, process = running.pop(ready)
+                    process.join()
+                    connection.send((number, process.pid, process.exitcode))
+    os._exit(0)  # multiprocessing would wait for hosts
+
+
+if __name__ == "__main__":
+    main()

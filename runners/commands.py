@@ -332,6 +332,8 @@ def generate(
             state.stop_engine()
             _take_rank(state, tensor_parallel_size, port)
             llm, running = state.start_engine(spec, tensor_parallel_size=tensor_parallel_size, **options), options
+        assert llm is not None
+        llm.reset_prefix_cache()  # of the scenario before
         traces[scenario.name] = []
         for through in scenario.passes:
             with state.phase(f"generating ({through.name})"):

@@ -34,10 +34,9 @@ def serve(connection: Connection, settings: dict[str, Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    os.environ.update(settings["environment"])
+    _replace_environment(settings["environment"])
     os.chdir(settings["directory"])
     sys.path[:] = settings["path"]
-    _use_threads()
 
     from genmodel.runners import host
 
@@ -81,14 +80,14 @@ class ForkedProcess(SpawnProcess):
             descriptor = duplicate.detach()
             os.dup2(descriptor, number)
             os.close(descriptor)
-        os.environ.clear()
-        os.environ.update(inherited["environment"])
-        _use_threads()
+        _replace_environment(inherited["environment"])
         super().run()
 
 
-def _use_threads() -> None:
-    """The OpenMP runtime read OMP_NUM_THREADS when the fork server loaded it; tell torch of this process's."""
+def _replace_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    # The OpenMP runtime has read OMP_NUM_THREADS already, when the fork server loaded it.
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if "torch" in sys.modules and threads.isdecimal():
         sys.modules["torch"].set_num_threads(int(threads))

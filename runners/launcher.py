@@ -59,7 +59,7 @@ class Launcher:
     """The pool's end of a launcher process.
 
     Args:
-        environment: additions to the environment of the fork server, which is there when torch is imported.
+        environment: of the fork server, while it imports; hosts are told their own.
         log: where the launcher and the fork server write, which do so only if something is wrong with them.
     """
 
@@ -76,7 +76,11 @@ class Launcher:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # so that a terminal's signals reach only pytest
-                env={**os.environ, **environment},
+                env={
+                    **environment,
+                    "OMP_NUM_THREADS": "1",  # a process with more threads than one must not fork
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                },
             )
         theirs.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import re
 import shutil
@@ -121,10 +122,6 @@ class Pool:
         """What becomes readable when a host ends."""
         return [] if self._launcher is None else [self._launcher.connection]
 
-    @property
-    def _launcher_log(self) -> Path:
-        return self.directory / "launcher.log"
-
     def _ensure(self, rank: int) -> _Host:
         host = self._hosts[rank]
         if host is None or host.process.poll() is not None:
@@ -137,15 +134,13 @@ class Pool:
             self._launcher.close()
             self._launcher = None
         if self._launcher is None:
-            # One thread while it imports, for a process with several must not fork; hosts set their own number.
-            environment = {**self._environment, "OMP_NUM_THREADS": "1"}
-            self._launcher = Launcher(environment, self._launcher_log)
+            self._launcher = Launcher({**os.environ, **self._environment}, self.directory / "launcher.log")
         ours, theirs = socket.socketpair()
         log = self.directory / f"host{rank}.log"
         log.touch()
         settings = {
             "rank": rank,
-            "environment": self._environment,
+            "environment": {**os.environ, **self._environment},
             "directory": str(Path.cwd()),
             "path": list(sys.path),
             "log": str(log),

@@ -24,7 +24,7 @@ IN_PROCESS_OPTIONS: dict[str, Any] = {
     "max_num_seqs": 16,
     "max_num_batched_tokens": LONGEST,  # a whole prompt in one step: chunking is a scenario of its own
     "block_size": BLOCK_SIZE,
-    "enable_prefix_caching": False,
+    "enable_prefix_caching": True,  # and read by the requests whose prompts are not scored, if there is anything in it
 }
 """Engine options of every in-process scenario, unless it says otherwise."""
 
@@ -96,7 +96,7 @@ def _together(plan: Plan) -> Batches:
 
 
 def _one_by_one(plan: Plan) -> Batches:
-    return [[request] for request in plan.requests]
+    return [[r] for r in _named(plan, "one_token", "short", "block_crossing", "long_prefix_a", "sampled")]
 
 
 def _in_chunks(plan: Plan) -> Batches:
@@ -128,7 +128,11 @@ def _crowd(plan: Plan) -> Batches:
 def _few_blocks(plan: Plan) -> dict[str, Any]:
     # Room for every prompt (two blocks each) and for one sequence of the longest kind, and vLLM's null block.
     blocks = max(2 * CROWD, -(-_crowd_length(plan) // BLOCK_SIZE)) + 2
-    return {"num_gpu_blocks_override": blocks, "max_model_len": _crowd_length(plan)}
+    return {
+        "num_gpu_blocks_override": blocks,
+        "max_model_len": _crowd_length(plan),
+        "enable_prefix_caching": False,  # else what was computed before is not computed again
+    }
 
 
 def _crowd_length(plan: Plan) -> int:
@@ -137,7 +141,8 @@ def _crowd_length(plan: Plan) -> int:
 
 def _few(plan: Plan) -> Batches:
     """A few requests, twice: the second time, whole blocks of the prompts come from the prefix cache."""
-    few = _named(plan, "short", "long_prefix_a", "long_prefix_b", "block_filling")
+    named = _named(plan, "short", "long_prefix_a", "long_prefix_b", "block_filling")
+    few = [replace(request, max_tokens=min(8, request.max_tokens)) for request in named]
     return [few, [_again(request) for request in few]]
 
 
@@ -211,7 +216,6 @@ def deployed_unproven(traces: Sequence[Trace]) -> str:
     return ""
 
 
-CACHING = {"enable_prefix_caching": True}
 DEPLOYED = Pass(name="deployed", batches=_together)
 
 
@@ -240,17 +244,9 @@ ENGINE_SCENARIOS = {
             unproven=_arrivals_unproven,
         ),
         Scenario(
-            name="chunked",
-            passes=(Pass(name="chunked", batches=_in_chunks),),
-            unproven=_chunked_unproven,
-            # Not a multiple of the block size, so that a chunk ends inside a block.
-            options=lambda plan: {"max_num_batched_tokens": 2 * BLOCK_SIZE - 13, "enable_chunked_prefill": True},
-        ),
-        Scenario(
             name="cached",
             passes=(Pass(name="cached", batches=_same_prefix, score_prompt=False),),
             unproven=_cached_unproven,
-            options=lambda plan: CACHING,
         ),
         Scenario(
             name="refit",
@@ -262,7 +258,13 @@ ENGINE_SCENARIOS = {
                 _refit_pass("again", "refit"),
             ),
             unproven=_refit_unproven,
-            options=lambda plan: CACHING,
+        ),
+        Scenario(
+            name="chunked",
+            passes=(Pass(name="chunked", batches=_in_chunks),),
+            unproven=_chunked_unproven,
+            # Not a multiple of the block size, so that a chunk ends inside a block.
+            options=lambda plan: {"max_num_batched_tokens": 2 * BLOCK_SIZE - 13, "enable_chunked_prefill": True},
         ),
         Scenario(
             name="preempted",

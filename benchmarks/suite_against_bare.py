@@ -1,9 +1,11 @@
 """The whole suite against the least anybody pays for two engines, in one run on one machine.
 
 (a) one script with `LLM(tensor_parallel_size=1)` and one with 2, all of vLLM's defaults, one generate each;
-(b) `pytest --genmodel=genmodel.reference_models.dense:factory`: every scenario, every check.
+(b) `pytest --genmodel=genmodel.reference_models.dense:factory`: every scenario, every check;
+(c) the same with two models more in one run.
 
-Prints both, and the ratio b / a. Run it on an idle machine:
+Prints b / a, and what a further model adds, (c - b) / 2, against one bare LLM(tensor_parallel_size=1).
+Run it on an idle machine:
 
     python benchmarks/suite_against_bare.py [--repeat 3]
 """
@@ -21,6 +23,7 @@ import time
 from pathlib import Path
 
 TARGET = "genmodel.reference_models.dense:factory"
+FURTHER = ("genmodel.reference_models.gpt:factory", "genmodel.reference_models.vllm_layers:VllmDense")
 
 BARE = """
 import sys
@@ -69,16 +72,20 @@ def main() -> None:
         timed([python, "-c", CHECKPOINT, str(directory / "llama")])
         report = directory / "report.json"
         suite = [python, "-m", "pytest", f"--genmodel={TARGET}", f"--genmodel-report={report}", "-q"]
-        runs: dict[str, list[float]] = {"LLM(tp=1)": [], "LLM(tp=2)": [], "suite": []}
+        three = [python, "-m", "pytest", *(f"--genmodel={name}" for name in (TARGET, *FURTHER)), "-q"]
+        runs: dict[str, list[float]] = {"LLM(tp=1)": [], "LLM(tp=2)": [], "suite": [], "3 models": []}
         for _ in range(repeat):
             runs["LLM(tp=1)"].append(timed([python, str(script), str(directory / "llama"), "1"]))
             runs["LLM(tp=2)"].append(timed([python, str(script), str(directory / "llama"), "2"]))
             runs["suite"].append(timed(suite))
+            runs["3 models"].append(timed(three))
         phases = json.loads(report.read_text())["targets"][0]["seconds"]
     for what, seconds in runs.items():
         print(f"{what:10} {statistics.median(seconds):6.1f} s   ({', '.join(f'{s:.1f}' for s in seconds)})")
     bare = statistics.median(runs["LLM(tp=1)"]) + statistics.median(runs["LLM(tp=2)"])
     print(f"suite / bare pair: {statistics.median(runs['suite']) / bare:.2f}")
+    further = (statistics.median(runs["3 models"]) - statistics.median(runs["suite"])) / len(FURTHER)
+    print(f"a further model: {further:.1f} s, {further / statistics.median(runs['LLM(tp=1)']):.2f} of LLM(tp=1)")
     for phase, seconds in phases.items():
         print(f"  {phase:34} {seconds:6.2f} s")
 

@@ -10,6 +10,7 @@ Light to import: the launcher does, which needs none of torch and vLLM.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing.process
 import os
 import signal
 import sys
@@ -30,6 +31,8 @@ def serve(connection: Connection, settings: dict[str, Any]) -> None:
     """Be a host: `settings` are its rank, environment, working directory, sys.path and log file."""
     os.setpgid(0, 0)  # so that it and all it starts can be killed together
     die_with_parent()
+    # To models a host is a main process, as with torchrun: some ask multiprocessing.parent_process().
+    vars(multiprocessing.process)["_parent_process"] = None
     log = os.open(settings["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)

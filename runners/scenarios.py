@@ -96,7 +96,7 @@ def _together(plan: Plan) -> Batches:
 
 
 def _one_by_one(plan: Plan) -> Batches:
-    return [[r] for r in _named(plan, "one_token", "short", "block_crossing", "long_prefix_a", "sampled")]
+    return [[request] for request in plan.requests]
 
 
 def _in_chunks(plan: Plan) -> Batches:

@@ -91,8 +91,16 @@ def _adversarial(
         # Also right as a tied head: hidden states of unit scale times this give LOGIT_SPREAD.
         return normal * LOGIT_SPREAD / math.sqrt(shape[-1])
     row_scale = torch.exp(torch.rand(shape[:-1], generator=generator) - 0.5).unsqueeze(-1)
-    fan_in = shape[-1] if len(shape) == 2 else math.prod(shape[1:])
-    return normal * row_scale / math.sqrt(fan_in)
+    return normal * row_scale / math.sqrt(_fan_in(shape, owner))
+
+
+def _fan_in(shape: tuple[int, ...], owner: nn.Module | None) -> float:
+    """How many inputs an output sums over."""
+    if len(shape) == 2:
+        return shape[-1]
+    if owner is not None and "Conv" in type(owner).__name__:
+        return math.prod(shape[1:])
+    return math.sqrt(shape[-1] * shape[-2])  # experts side by side, whose matrices some models keep transposed
 
 
 def is_embedding(module: nn.Module | None) -> bool:

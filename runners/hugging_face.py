@@ -39,7 +39,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("swa_num_attention_heads",), 4),
     **dict.fromkeys(("swa_num_key_value_heads",), 2),
     **dict.fromkeys(("head_dim", "global_head_dim", "swa_head_dim", "v_head_dim", "swa_v_head_dim"), 32),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_size_mlp"), 224),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "intermediate_size_mlp"), 224),
     **dict.fromkeys(
         (
             "moe_intermediate_size",
@@ -61,11 +61,25 @@ SIZES: dict[str, int] = {
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
     "rotary_dim": 16,
+    # State-space and linear attention: heads times their size are twice the hidden size, as many classes ask for.
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "num_heads", "n_mamba_heads"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), 32),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 32),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 32),
+    **dict.fromkeys(("mamba_n_groups", "n_groups", "mamba_ngroups"), 2),
+    "mamba_d_ssm": 256,
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 32),
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
     "query_pre_attn_scalar": 40,
     "original_max_position_embeddings": 64,
     "factor": 4,  # of the maximum and the original positions
     "floor_scale": 16,
     "num_nextn_predict_layers": 0,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 331,
+    "laurel_rank": 16,
 }
 """What a setting of this name becomes in a tiny configuration, where the architecture has it.
 
@@ -74,6 +88,8 @@ Head sizes are multiples of 32, the least vLLM's CPU kernels take; head counts a
 
 MOST: dict[str, int] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_top_k"), 3),
+    "n_group": 2,
+    "topk_group": 1,
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
 }
 """What a setting of this name is at most, if it was not less."""
@@ -95,6 +111,13 @@ SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 """For special tokens outside the small vocabulary."""
 
 POSITIONS = {"max_position_embeddings", "n_positions", "max_seq_len"}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "afmoe": {"score_func": "sigmoid"},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+}
+"""Settings that published configurations have and vLLM reads, but that the configuration class no longer knows."""
+
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 FEWEST_LAYERS = 3
 
@@ -213,6 +236,7 @@ def tiny_config(model_class: Any) -> dict[str, Any]:
     for nested in (value for value in found.values() if isinstance(value, dict) and "model_type" in value):
         for name in _NOT_A_SETTING & nested.keys():  # which the class would refuse to read again
             del nested[name]
+    found |= PUBLISHED.get(kind.model_type, {})
     if not POSITIONS & found.keys():
         found["max_position_embeddings"] = SIZES["max_position_embeddings"]  # vLLM would take 2048
     return found
@@ -224,13 +248,16 @@ def _shrunk(defaults: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str
     depth = defaults[layers_name] if layers_name is not None else 0
     per_layer = {k: v for k, v in defaults.items() if isinstance(v, list) and depth and len(v) == depth}
     layers = max([FEWEST_LAYERS, *(_to_see_every_kind(values) for values in per_layer.values())])
-    changes: dict[str, Any] = {name: values[:layers] for name, values in per_layer.items()}
+    changes: dict[str, Any] = {
+        name: [SIZES[name]] * layers if name in SIZES else values[:layers] for name, values in per_layer.items()
+    }
     if layers_name is not None:
         changes[layers_name] = layers
     for name, value in defaults.items():
         changes |= _small(name, value)
-    if "kv_lora_rank" in defaults and "num_key_value_heads" in changes:
-        changes["num_key_value_heads"] = changes["num_attention_heads"]  # all heads share one latent
+    if "kv_lora_rank" in defaults:  # all heads share one latent, and what has a head's size is the rotary part
+        multi_head_latent = {"num_key_value_heads": SIZES["num_attention_heads"], "head_dim": SIZES["qk_rope_head_dim"]}
+        changes |= {name: value for name, value in multi_head_latent.items() if name in changes}
     return {name: value for name, value in changes.items() if name not in aliases or aliases[name] not in changes}
 
 
@@ -250,7 +277,7 @@ def _small(name: str, value: Any) -> dict[str, Any]:
         inner = {key: small for k, v in value.items() for key, small in _small(k, v).items()}
         nested = "model_type" in value  # a configuration inside another, which adds its own defaults
         return {name: inner if nested else {**value, **inner}} if inner else {}
-    if isinstance(value, bool) or (value is None and name not in ("num_key_value_heads", "num_experts_per_tok")):
+    if isinstance(value, bool | list) or (value is None and name not in ("num_key_value_heads", "num_experts_per_tok")):
         return {}
     if name in SIZES:
         return {name: SIZES[name]}
@@ -411,15 +438,16 @@ _ARRANGED_OTHERWISE = {"experts", "query_key_value", "qkv_proj", "c_attn", "Wqkv
 def comparable(record: ModuleRecord) -> ModuleRecord:
     """What of a record of such a class can be compared with vLLM's modules of the same names.
 
-    Not what goes into them, for the two pass arguments in different orders; not what whole layers give, for vLLM's
-    pass the residual on beside it; not the experts, to which vLLM adds shared ones; not fused projections, in which
-    the two order the heads differently; and not the activation of a gated MLP, which vLLM multiplies in the same go.
+    Not what goes into them, for the two pass arguments in different orders; not what attention and whole layers give,
+    for one may have added the residual and the other pass it on; not the experts, to which vLLM adds shared ones; not
+    fused projections, in which the two order the heads differently; and not the activation of a gated MLP, which vLLM
+    multiplies in the same go.
     """
     trunk = {
-        parent
+        whole
         for name, kind in record.classes.items()
         if "Attention" in kind
-        for parent in itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
+        for whole in itertools.accumulate(name.split("."), "{}.{}".format)
     }
     kept = [
         point

@@ -222,7 +222,7 @@ def attention_layers(model: nn.Module) -> Iterator[AttentionInfo]:
                 num_kv_heads=layer.num_kv_heads,
                 head_dim=layer.head_dim,
             )
-        elif _vllm.is_attention(module) and hasattr(module, "num_heads"):  # those of state-space models have none
+        elif _vllm.is_attention(module) and hasattr(module, "num_kv_heads"):  # those of state-space models have none
             yield AttentionInfo(
                 module=name,
                 prefix=layer.layer_name,

@@ -96,7 +96,7 @@ def test_config_and_weights_that_cannot_be_read(session: Session, tmp_path: Path
         str(a_list): "holds a list",
         str(tmp_path / "absent.json"): "No such file",
         "bad_targets:nothing": "no attribute 'nothing'",
-        "neither": "neither a .json file nor",
+        "neither": "neither a .json file, my_pkg",
         "bad_targets:returns_class": "missing",
     }.items():
         with pytest.raises(UnusableTarget, match=message) as caught:

@@ -1,0 +1,78 @@
+"""vLLM's models that differ from transformers', each with the one thing changed that makes it differ.
+
+`sweep_architectures.py` runs these after the originals: that they agree is the proof of what is said of the originals.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.models.apertus import ApertusForCausalLM
+from vllm.model_executor.models.bloom import BloomForCausalLM
+from vllm.model_executor.models.cohere2_moe import Cohere2MoeForCausalLM
+from vllm.model_executor.models.commandr import CohereForCausalLM
+from vllm.model_executor.models.ernie45_moe import Ernie4_5_MoeForCausalLM
+
+
+class Bloom(BloomForCausalLM):
+    """With the tanh approximation of GELU, which BLOOM was trained with."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for block in self.transformer.h:
+            block.mlp.gelu_impl = nn.GELU(approximate="tanh")
+
+
+class Apertus(ApertusForCausalLM):
+    """With the parameters of the activation, xIELU, in float32 like all others."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for module in self.modules():
+            if type(module).__name__ == "XIELU":
+                module.to(torch.float32)
+
+
+class _NarrowerWindow:
+    """With sliding layers that see `sliding_window` positions, and not one more."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        config.sliding_window -= 1
+        try:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        finally:
+            config.sliding_window += 1
+
+
+class Cohere2(_NarrowerWindow, CohereForCausalLM):
+    """Command R7B and later, so."""
+
+
+class Cohere2Moe(_NarrowerWindow, Cohere2MoeForCausalLM):
+    """The same, of experts."""
+
+
+class Ernie45Moe(Ernie4_5_MoeForCausalLM):
+    """With experts chosen by their scores and the correction bias, which vLLM's router for CPU leaves out."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for block in self.modules():
+            if type(block).__name__ == "Ernie4_5_MoeMoE":
+                _choose_by_bias(block)
+
+
+def _choose_by_bias(block: Any) -> None:
+    def route(gating_output: torch.Tensor, topk: int, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = gating_output.float().softmax(-1)
+        chosen = (scores + block.gate.e_score_correction_bias).topk(topk, -1).indices
+        weights = scores.gather(-1, chosen)
+        return weights / weights.sum(-1, keepdim=True), chosen
+
+    for module in block.modules():
+        for holder in (module, getattr(module, "router", None)):
+            if hasattr(holder, "custom_routing_function"):
+                holder.custom_routing_function = route

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -232,10 +234,10 @@ def import_engine() -> None:
         with contextlib.suppress(ImportError):  # another version's name: then it is imported when it is needed
             importlib.import_module(name)
     _count_ranks_eagerly()
-    platform = type(current_platform)
-    if hasattr(platform, "register_triton_kernel_overrides"):
-        platform.register_triton_kernel_overrides()
-        platform.register_triton_kernel_overrides = classmethod(lambda cls: None)  # type: ignore[method-assign, assignment]
+    its_class = type(current_platform)
+    if hasattr(its_class, "register_triton_kernel_overrides"):
+        its_class.register_triton_kernel_overrides()
+        its_class.register_triton_kernel_overrides = classmethod(lambda cls: None)  # type: ignore[method-assign, assignment]
     gc.collect()
     gc.freeze()
 
@@ -306,7 +308,7 @@ def world(config: VllmConfig, rank: int, size: int, rendezvous: str) -> Iterator
     from vllm.distributed import parallel_state as state
 
     config.parallel_config.tensor_parallel_size = size
-    _leave_shared_memory_alone()
+    _share_memory_privately()
     try:
         with set_current_vllm_config(config):
             state.init_distributed_environment(size, rank, rendezvous, rank, "gloo")
@@ -337,7 +339,7 @@ def start_engine(model_dir: str, **options: Any) -> Any:
     from vllm import LLM
 
     if options.get("distributed_executor_backend") == "external_launcher":
-        _leave_shared_memory_alone()
+        _share_memory_privately()
     return LLM(
         model=model_dir,
         skip_tokenizer_init=True,
@@ -372,7 +374,7 @@ def load_in_worker(
 
     if tensor_parallel_size > 1:
         options["distributed_executor_backend"] = "external_launcher"
-        _leave_shared_memory_alone()
+        _share_memory_privately()
     arguments = EngineArgs(
         model=model_dir,
         tensor_parallel_size=tensor_parallel_size,
@@ -418,16 +420,54 @@ def unguarded(model: nn.Module) -> set[str]:
     }
 
 
-def _leave_shared_memory_alone() -> None:
-    """Let ranks in hosts on CPU reduce through torch.distributed, vLLM's own fallback, rather than shared memory.
+def _share_memory_privately() -> None:
+    """Let ranks in hosts on CPU reduce through vLLM's shared memory, as deployed ranks do.
 
-    vLLM names the memory after the rendezvous, and that is `env://` for every engine in hosts: two
-    sessions on one machine get in each other's way ("create shm in SHMManager failed. errno: 17"), what
-    a killed host leaves behind stops all later ones, and nothing is freed before the process ends.
+    vLLM names the memory after the rendezvous, and that is `env://` for every engine in hosts: sessions on one
+    machine would get in each other's way, what a killed host leaves behind would stop all later ones, and each
+    engine would map memory anew. Here it is the processes' own, mapped once, and has no name once all have it.
     """
-    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.distributed.device_communicators import cpu_communicator
 
-    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False  # type: ignore[method-assign]
+    shared = getattr(cpu_communicator, "_CPUSHMDistributed", None)
+    if shared is None or shared._init_cpu_shm is _join_memory:
+        return
+    # Where ranks differ in it, which are on several machines then, vLLM reduces through torch.distributed.
+    machine = f"{platform.node()}-{SHARED_MEMORY.stat().st_dev}" if SHARED_MEMORY.is_dir() else str(os.getpid())
+    shared.make_group_name = staticmethod(lambda communicator: f"{machine}-{_kind(communicator)}")
+    shared._init_cpu_shm = _join_memory
+
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where POSIX shared memory lives on Linux."""
+_MEMORY: dict[tuple[tuple[int, ...], str], int] = {}
+"""Handles of the shared memory of this process, by the processes that share it and the kind of group."""
+
+
+def _kind(communicator: Any) -> str:
+    """Of a "tp:3": vLLM counts the groups it made in a process, and ranks that ran at TP=1 before made more."""
+    kind: str = communicator.unique_name.partition(":")[0]
+    return kind
+
+
+def _join_memory(self: Any) -> int:
+    """What `_CPUSHMDistributed._init_cpu_shm` does, at most once for the same processes."""
+    import torch.distributed as dist
+
+    group, world_size = self.communicator.device_group, self.communicator.world_size
+    mine = os.getpid(), torch.get_num_threads(), uuid.uuid4().hex
+    everyone: list[tuple[int, int, str]] = [mine] * world_size
+    dist.all_gather_object(everyone, mine, group=group)
+    pids, threads, names = zip(*everyone, strict=True)
+    key = pids, _kind(self.communicator)
+    if key not in _MEMORY:
+        name, rank = f"genmodel_{names[0]}", self.communicator.rank
+        _MEMORY[key] = torch.ops._C.init_shm_manager(name, world_size, rank, min(threads))
+        dist.barrier(group)
+        torch.ops._C.join_shm_manager(_MEMORY[key], name)
+        dist.barrier(group)
+        (SHARED_MEMORY / f"{name}_{rank}").unlink(missing_ok=True)
+    return _MEMORY[key]
 
 
 def _count_ranks_eagerly() -> None:

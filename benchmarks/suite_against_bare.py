@@ -80,8 +80,8 @@ def main() -> None:
             runs["LLM(tp=1)"].append(timed([python, str(script), str(directory / "llama"), "1"]))
             runs["LLM(tp=2)"].append(timed([python, str(script), str(directory / "llama"), "2"]))
             runs["suite"].append(timed(suite))
-            for name in FURTHER:
-                both = [python, "-m", "pytest", f"--genmodel={TARGET}", f"--genmodel={FURTHER[name]}", "-q"]
+            for name, further in FURTHER.items():
+                both = [python, "-m", "pytest", f"--genmodel={TARGET}", f"--genmodel={further}", "-q"]
                 runs[name].append(timed(both))
         phases = json.loads(report.read_text())["targets"][0]["seconds"]
     for what, seconds in runs.items():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
-import os
 import random
 import re
 import socket
@@ -17,6 +15,7 @@ from typing import Any
 
 import cloudpickle
 
+from genmodel.runners import machine
 from genmodel.runners.evidence import Evidence, Failure, Inspection, ModuleRun, Span, TargetInfo, Trace, WeightAudit
 from genmodel.runners.pool import Job, Pool, Result
 from genmodel.runners.protocol import Command, Spec
@@ -83,6 +82,7 @@ class Session:
         options: the targets; the largest tensor-parallel size among them is the number of hosts.
         progress: called with one line whenever something slow begins.
         deadline: seconds any one command to a host may take.
+        share: the part of the machine's cores and devices that is this session's.
 
     Raises:
         UnusableTarget: (from any method) for a user's mistake, such as a missing vLLM.
@@ -93,7 +93,9 @@ class Session:
         options: Collection[TargetOptions],
         progress: Callable[[str], None] = lambda line: None,
         deadline: float = DEADLINE,
+        share: machine.Share = machine.Share(),  # noqa: B008 - a constant
     ) -> None:
+        self._share = share
         self._many = len(options) > 1
         self._deadline = deadline
         self._size = max((max(o.tensor_parallel_sizes) for o in options), default=1)
@@ -111,15 +113,11 @@ class Session:
         """
         if self._pool is not None:
             return
-        cores = len(os.sched_getaffinity(0))
-        devices, name = devices_for_ranks()
-        if self._size > devices:
-            raise UnusableTarget(
-                f"tensor-parallel size {self._size} needs as many devices, and there are {devices} {name}: "
-                f"--genmodel-tp takes sizes up to {devices}"
-            )
-        threads = str(max(1, cores // self._size))
-        self._pool = Pool(self._size, {**HOST_ENVIRONMENT, "OMP_NUM_THREADS": threads})
+        try:
+            share = machine.environment(self._size, self._share)
+        except machine.TooSmall as error:
+            raise UnusableTarget(str(error)) from None
+        self._pool = Pool(self._size, {**HOST_ENVIRONMENT, **share})
         self._pool.start()
 
     def resolve(self, options: TargetOptions) -> TargetInfo:
@@ -472,22 +470,6 @@ def _pass_names(scenario: str) -> list[str]:
     """The keys a scenario's traces are kept under."""
     known = ENGINE_SCENARIOS.get(scenario)
     return [scenario] if known is None else [through.name for through in known.passes]
-
-
-def devices_for_ranks() -> tuple[int, str]:
-    """How many ranks this machine can hold, and of what; asks no driver.
-
-    CUDA devices where the CUDA build of vLLM is installed, else CPU cores; two ranks fit on one core.
-    """
-    if any(distribution.name.lower() == "vllm" for distribution in importlib.metadata.distributions(name="vllm")):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        found = (
-            len(list(Path("/dev").glob("nvidia[0-9]*")))
-            if visible is None
-            else len([*filter(None, visible.split(","))])
-        )
-        return found, "CUDA devices"
-    return max(2, len(os.sched_getaffinity(0))), "CPU cores"
 
 
 def _first_failure(results: Mapping[int, Result]) -> Failure | None:

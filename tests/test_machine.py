@@ -1,0 +1,102 @@
+"""Sessions that run at once share the machine, and find what one alone would find."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genmodel.runners import machine
+from genmodel.runners.machine import Share, TooSmall
+
+MODELS = ("genmodel.reference_models.dense:factory", "genmodel.reference_models.gpt:factory")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight CUDA devices and 16 cores, as far as this package asks."""
+    monkeypatch.setattr(machine, "_cores", lambda: set(range(16)))
+    monkeypatch.setattr(machine, "_cuda_devices", lambda: [str(i) for i in range(8)])
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen cores and vLLM for CPU."""
+    monkeypatch.setattr(machine, "_cores", lambda: set(range(16)))
+    monkeypatch.setattr(machine, "_cuda_devices", lambda: None)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_devices_are_divided() -> None:
+    """No device is in two shares, and a replaced worker gets those of the one it replaces."""
+    found = [machine.environment(2, Share(index, 3)) for index in range(4)]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in found] == ["0,1", "2,3", "4,5", "0,1"]
+    assert {share["OMP_NUM_THREADS"] for share in found} == {"2"}
+    assert machine.sessions(2) == 4
+
+
+@pytest.mark.usefixtures("cuda")
+def test_too_few_devices() -> None:
+    """The message says how many workers would be right."""
+    with pytest.raises(TooSmall, match="5 workers of 2 ranks need 10 CUDA devices, and there are 8: -n 4, or -n auto"):
+        machine.environment(2, Share(0, 5))
+    with pytest.raises(TooSmall, match="there are 8 CUDA devices: --genmodel-tp takes sizes up to 8"):
+        machine.environment(16, Share())
+
+
+@pytest.mark.usefixtures("cpu")
+def test_cores_are_divided() -> None:
+    """Each rank gets a core at least, of a session alone or of several."""
+    assert machine.environment(2, Share()) == {"OMP_NUM_THREADS": "8"}
+    assert machine.environment(2, Share(1, 4)) == {"OMP_NUM_THREADS": "2"}
+    assert machine.environment(2, Share(1, 40)) == {"OMP_NUM_THREADS": "1"}
+    assert machine.sessions(4) == 4
+    with pytest.raises(TooSmall, match="16 CPU cores"):
+        machine.environment(17, Share())
+
+
+def test_visible_devices_are_the_only_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vLLM is the CUDA build, CUDA_VISIBLE_DEVICES says which there are."""
+    monkeypatch.setattr(machine.importlib.metadata, "distributions", lambda **_: [type("D", (), {"name": "vllm"})])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert machine.environment(2, Share())["CUDA_VISIBLE_DEVICES"] == "3,5"
+
+
+def test_auto_starts_a_worker_for_each_model(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as cores go round; other tests' -n auto is left alone."""
+    monkeypatch.setattr(machine, "_cuda_devices", lambda: None)
+    models = [f"--genmodel=models:{name}" for name in ("right", "right2", "right3")]
+    pytester.makepyfile("def test_nothing(): ...")
+    for cores, workers in ((2, 1), (4, 2), (64, 3)):
+        monkeypatch.setattr(machine, "_cores", lambda cores=cores: set(range(cores)))
+        config = pytester.parseconfig("-p", "fake_session", *models)
+        assert config.hook.pytest_xdist_auto_num_workers(config=config) == workers
+
+
+def test_two_workers_find_what_one_process_finds(pytester: pytest.Pytester) -> None:
+    """Two sessions with real engines at once: the same verdicts and numbers, to the last bit, in one report."""
+    checks = "logits.values or tensor_parallel or deployment.multiprocess or refit.changed or gradients.parallel"
+    runs = {}
+    for how in (["-n", "2"], ["-p", "no:xdist"]):
+        report = pytester.path / f"{len(how[1])}.json"
+        arguments = [
+            *how,
+            *(f"--genmodel={name}" for name in MODELS),
+            "-k",
+            checks,
+            f"--genmodel-report={report}",
+            "-q",
+        ]
+        result = pytester.runpytest_subprocess(*arguments, "-p", "no:cacheprovider")
+        assert result.ret == 0, result.outlines[-20:]
+        runs[how[0]] = _verdicts(report)
+    assert [name for name, _ in runs["-n"]] == list(MODELS)
+    assert runs["-n"] == runs["-p"]
+
+
+def _verdicts(report: Path) -> list[tuple[str, Any]]:
+    targets = json.loads(report.read_text())["targets"]
+    kept = ("id", "status", "measurements")
+    return [(target["name"], [[check[name] for name in kept] for check in target["checks"]]) for target in targets]

@@ -11,6 +11,10 @@ multiple of that of plain PyTorch in the tested dtype. Here, at each position,
 
 where noise is how far the reference in the tested dtype is from the reference in a higher one: at this position, or
 at the phase's median position where that is more, so that one position's lucky small floor does not cry wolf.
+
+A model that chooses, such as a mixture of experts between its experts, jumps where rounding turns a choice. How far
+the reference itself jumps at a position is measured (`genmodel.runners.choices`), and delta is at least TURN_FACTOR
+times that: nothing at nearly all positions in float32. What the tolerance is then worth, `undecided` tells.
 """
 
 from __future__ import annotations
@@ -23,16 +27,23 @@ import torch
 
 from genmodel.conformance.alignment import Aligned, Phase, Rows, common_length, gather, with_reference
 from genmodel.conformance.verdict import Measurement, violations
+from genmodel.runners import choices
 from genmodel.runners.evidence import Continuation, ReferenceRun, Trace
 
-NOISE_FACTOR = 4.0
+NOISE_FACTOR = choices.NOISE_FACTOR
 """Noise floors an error may be. An engine adds up in another order than the reference and so makes other rounding
 errors of the same size: the largest over a vocabulary exceeds the other by a small factor, bugs by orders.
 docs/calibration.md has the distributions it was chosen from."""
 
-ULP_FACTOR = 4.0
+ULP_FACTOR = choices.ULP_FACTOR
 """Units in the last place (tested dtype, largest logit) allowed on top: where the noise floor happens to be zero,
 one more rounding of the result is no error."""
+
+TURN_FACTOR = 2.0
+"""Turns of the reference an error may be: where several choices are nearly tied, not every combination was tried."""
+
+MOST_UNDECIDED = 0.5
+"""Share of the positions that may hang on near-tied choices; the others must be able to tell right from wrong."""
 
 Law = Callable[[Rows], tuple[torch.Tensor, torch.Tensor]]
 """From rows to what is measured at each position, [N] float, and the token it concerns, [N] int64."""
@@ -53,11 +64,16 @@ class Tolerance:
 
     def max(self, rows: Rows) -> torch.Tensor:
         """On any one logit, [N]: delta."""
+        return torch.maximum(self.steady(rows), TURN_FACTOR * rows.turn_max.double())
+
+    def steady(self, rows: Rows) -> torch.Tensor:
+        """The same where no choice turns, [N]."""
         return NOISE_FACTOR * rows.noise_max.double().clamp(min=self.typical_max) + self.rounding
 
     def mean(self, rows: Rows) -> torch.Tensor:
         """On the mean over a position's candidates, [N]: the same rule with the mean noise."""
-        return NOISE_FACTOR * rows.noise_mean.double().clamp(min=self.typical_mean) + self.rounding
+        steady = NOISE_FACTOR * rows.noise_mean.double().clamp(min=self.typical_mean) + self.rounding
+        return torch.maximum(steady, TURN_FACTOR * rows.turn_mean.double())
 
     def tie(self, rows: Rows) -> torch.Tensor:
         """Tokens whose logits are this close may swap, [N]: each may be off by `max`."""
@@ -226,6 +242,21 @@ def resolution(aligned: Aligned, k: int) -> Iterator[Measurement]:
     )
 
 
+def undecided(aligned: Aligned) -> Iterator[Measurement]:
+    """Share of the positions that hang on near ties: where turning the reference's choices outweighs rounding."""
+    if not aligned.rows:
+        return
+    limits = tolerance(aligned)
+    hanging = torch.cat([rows.turn_max > limits.steady(rows) for rows in aligned.rows])
+    yield Measurement(
+        what=f"{aligned.phase}: share of the positions that hang on near-tied choices",
+        where=aligned.where,
+        measured=float(hanging.double().mean()),
+        allowed=MOST_UNDECIDED,
+        detail=f"{int(hanging.sum())} of {len(hanging)} positions, judged within what either choice gives",
+    )
+
+
 def usable(aligned: Aligned) -> Iterator[Measurement]:
     """Positions that were not scored, or in a way that nothing can be compared with."""
     yield _unscored(aligned)
@@ -241,7 +272,14 @@ def usable_reference(reference: ReferenceRun) -> Measurement:
     broken = [
         f"a sequence of {len(sequence)} tokens"
         for sequence, logits in reference.logits.items()
-        if not all(bool(x.isfinite().all()) for x in (*logits.aminmax(), reference.noise_max[sequence]))
+        if not all(
+            bool(x.isfinite().all())
+            for x in (
+                *logits.aminmax(),
+                reference.noise_max[sequence],
+                reference.turn_max.get(sequence, torch.zeros(1)),
+            )
+        )
     ]
     return violations("sequences with NaN or infinite reference logits", broken)
 

@@ -56,6 +56,13 @@ class Rows:
     """[N] float32, the reference's noise floor: its largest error over V."""
     noise_mean: torch.Tensor
     """[N] float32, its mean error over V."""
+    turn_max: torch.Tensor
+    """[N] float32, how far the reference moves there when choices that rounding could turn are turned: largest over V.
+
+    Zero where no such choice reaches.
+    """
+    turn_mean: torch.Tensor
+    """[N] float32, the mean over V."""
 
     def cut(self, start: int, stop: int) -> Rows:
         """The positions of rows `start` to `stop`, as views."""
@@ -70,6 +77,8 @@ class Rows:
             reference=self.reference[part],
             noise_max=self.noise_max[part],
             noise_mean=self.noise_mean[part],
+            turn_max=self.turn_max[part],
+            turn_mean=self.turn_mean[part],
         )
 
     def blocks(self) -> Iterator[Rows]:
@@ -209,6 +218,7 @@ def _rows(reference: ReferenceRun, continuation: Continuation, phase: Phase, sco
     if len(logits) != len(scores.ids):
         name = continuation.request.name
         raise ValueError(f"the reference of {name} ends {len(scores.ids) - len(logits)} positions before the engine's")
+    still = torch.zeros_like(reference.noise_max[sequence])
     return Rows(
         request=continuation.request.name,
         first=scores.first,
@@ -219,6 +229,8 @@ def _rows(reference: ReferenceRun, continuation: Continuation, phase: Phase, sco
         reference=logits,
         noise_max=reference.noise_max[sequence][part],
         noise_mean=reference.noise_mean[sequence][part],
+        turn_max=reference.turn_max.get(sequence, still)[part],
+        turn_mean=reference.turn_mean.get(sequence, still)[part],
     )
 
 

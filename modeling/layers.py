@@ -253,29 +253,40 @@ class RowParallelLinear(_ParallelLayer):
     The input is this rank's share, as a ColumnParallelLinear gives it; the output is full on every
     rank. The bias is replicated and added once, after the reduction (text-generation-inference#1036).
 
+    Args:
+        in_features: full size of the input, or the full sizes of several inputs side by side, each
+            of which is sharded on its own, as ColumnParallelLinear's outputs are: for example one
+            per expert of a mixture.
+        out_features: size of the output's last dimension.
+        bias: add a learned bias.
+        parallel_context: None means a process on its own.
+
     Raises:
-        ValueError: in_features is not divisible by the tensor parallel size.
+        ValueError: an input size is not divisible by the tensor parallel size.
     """
 
     def __init__(
         self,
-        in_features: int,
+        in_features: int | Sequence[int],
         out_features: int,
         bias: bool = False,
         *,
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__(parallel_context)
-        self.in_features = in_features
+        self.in_features = [in_features] if isinstance(in_features, int) else list(in_features)
         self.out_features = out_features
-        segment = _even_segment(0, in_features, self.parallel_context, "in_features")
-        self._add_parameter("weight", _partition([out_features, in_features], 1, [segment]))
+        segments = [
+            _even_segment(index, size, self.parallel_context, "in_features")
+            for index, size in enumerate(self.in_features)
+        ]
+        self._add_parameter("weight", _partition([out_features, sum(self.in_features)], 1, segments))
         self._add_parameter("bias", _replicated(out_features) if bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw new values like nn.Linear's, for the full layer."""
-        self._initialise_uniform(self.in_features)
+        self._initialise_uniform(sum(self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., in_features / tensor parallel size] -> [.., out_features]."""

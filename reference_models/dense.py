@@ -135,11 +135,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate x) * up x)."""
 
-    def __init__(self, config: Config, context: ParallelContext) -> None:
+    def __init__(self, size: int, inner: int, context: ParallelContext) -> None:
         super().__init__()
-        inner = config.intermediate_size
-        self.gate_up = ColumnParallelLinear(config.hidden_size, [inner, inner], parallel_context=context)
-        self.down = RowParallelLinear(inner, config.hidden_size, parallel_context=context)
+        self.gate_up = ColumnParallelLinear(size, [inner, inner], parallel_context=context)
+        self.down = RowParallelLinear(inner, size, parallel_context=context)
 
     def forward(self, x_TC: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
@@ -156,7 +155,7 @@ class Layer(nn.Module):
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(config, context, f"{prefix}.attn")
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, context)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, context)
 
     def forward(self, x_TC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
@@ -174,13 +173,17 @@ class Dense(nn.Module):
         self.config = config
         size, vocab = config.hidden_size, config.vocab_size
         self.embed_tokens = VocabParallelEmbedding(vocab, size, parallel_context=context)
-        self.layers = nn.ModuleList(Layer(config, context, f"layers.{i}") for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.make_layer(context, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(size, config.rms_norm_eps)
         self.lm_head = ParallelLMHead(vocab, size, parallel_context=context)
         if config.tie_word_embeddings:
             self.lm_head.tie_weights(self.embed_tokens)
         with torch.no_grad():
             self.embed_tokens.weight.mul_(0.02)  # Llama's initializer_range; matters most when tied
+
+    def make_layer(self, context: ParallelContext, index: int) -> nn.Module:
+        """What relatives of this model have of their own: one layer, called as `layer(x_TC, cos, sin)`."""
+        return Layer(self.config, context, f"layers.{index}")
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """int [T] -> [T, C]."""

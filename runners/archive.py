@@ -286,6 +286,12 @@ def _require_reference(run: ReferenceRun) -> None:
         for noise in (run.noise_max[sequence], run.noise_mean[sequence]):
             _require_tensor("reference noise", noise, "float32", 1)
             _require(len(noise) == len(logits), "the reference's noise floor is for other positions than its logits")
+    turned = run.turn_max.keys()
+    _require(turned == run.turn_mean.keys() and turned <= run.logits.keys(), "turns of sequences without logits")
+    for sequence in turned:
+        for turn in (run.turn_max[sequence], run.turn_mean[sequence]):
+            _require_tensor("turns of the reference", turn, "float32", 1)
+            _require(len(turn) == len(run.logits[sequence]), "turns are for other positions than the logits")
 
 
 def _require_codes(tensors: Iterable[CodedTensor]) -> None:

@@ -20,6 +20,7 @@ from genmodel.modeling.registration import register_model, resolve
 from genmodel.modeling.wrapper import InterfaceError
 from genmodel.runners import (
     checkpoint,
+    choices,
     coding,
     engine,
     gradients,
@@ -366,6 +367,8 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], we
     rounded = _reference_weights(spec, weights, DTYPES[dtype])
     higher = _higher(dtype)
     runs: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
+    made: dict[str, list[list[choices.Choice]]] = {}
+    turns: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
     native = False
     with state.phase("running the reference"):
         for precision in (dtype, higher):
@@ -373,7 +376,10 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], we
             with standalone.build(target, config, DTYPES[precision]) as built, torch.no_grad():
                 standalone.load(built, rounded)
                 native = built.native
-                runs[precision] = {s: built.logits(torch.tensor(s)) for s in sequences}
+                runs[precision], made[precision] = _run(built, sequences)
+                if precision == higher:
+                    ties = choices.near_ties(made[dtype], made[higher])
+                    turns = _turns(built, runs[higher], ties)
     errors = {s: (runs[dtype][s].double() - runs[higher][s].double()).abs() for s in sequences}
     own = "its vLLM layers evaluated by plain PyTorch" if native else "run as plain PyTorch outside vLLM"
     return ReferenceRun(
@@ -386,6 +392,8 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], we
         logits={s: runs[higher][s].float() for s in sequences},
         noise_max={s: error.amax(-1).float() for s, error in errors.items()},
         noise_mean={s: error.mean(-1).float() for s, error in errors.items()},
+        turn_max={s: largest.float() for s, (largest, _) in turns.items()},
+        turn_mean={s: mean.float() for s, (_, mean) in turns.items()},
     )
 
 
@@ -393,6 +401,31 @@ def _describe_reference(spec: Spec) -> str:
     """How reports call an independent reference."""
     about = f" ({hugging_face.about()})" if hugging_face.names_class(spec.reference) else ""
     return f"independent: {spec.reference}{about}"
+
+
+def _run(
+    built: standalone.Standalone, sequences: Sequence[tuple[int, ...]]
+) -> tuple[dict[tuple[int, ...], torch.Tensor], list[list[choices.Choice]]]:
+    """Logits [T, V] of every sequence, and the choices made on the way."""
+    logits, made = {}, []
+    for sequence in sequences:
+        with choices.Choices() as seen:
+            logits[sequence] = built.logits(torch.tensor(sequence))
+        made.append(seen.made)
+    return logits, made
+
+
+def _turns(
+    built: standalone.Standalone,
+    logits: Mapping[tuple[int, ...], torch.Tensor],
+    ties: Sequence[Mapping[int, torch.Tensor]],
+) -> dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]]:
+    """How far each position moves with the near ties of its sequence; only sequences that have any."""
+    return {
+        sequence: choices.turns(lambda s=sequence: built.logits(torch.tensor(s)), base, found)  # type: ignore[misc]
+        for (sequence, base), found in zip(logits.items(), ties, strict=True)
+        if found
+    }
 
 
 def record_modules(

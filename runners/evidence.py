@@ -149,7 +149,8 @@ class ReferenceRun:
 
     `logits[sequence]` is [T, V] float32, rounded from the higher-precision run. `noise_max` and
     `noise_mean` are [T] float32: the max and mean over V of |tested dtype - higher precision|, the noise
-    floor at each position.
+    floor at each position. `turn_max` and `turn_mean` are [T] float32 as well, for sequences in which the model
+    makes a choice that rounding could turn, such as a router's between two experts: how far that moves the logits.
     """
 
     description: str
@@ -161,6 +162,8 @@ class ReferenceRun:
     logits: dict[tuple[int, ...], torch.Tensor]
     noise_max: dict[tuple[int, ...], torch.Tensor]
     noise_mean: dict[tuple[int, ...], torch.Tensor]
+    turn_max: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    turn_mean: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -306,6 +306,51 @@ def test_the_limit_is_its_own_position_s_noise_floor_but_not_less_than_the_typic
         assert float(silent[-1]) == pytest.approx(typical, rel=0.2)
 
 
+def turning(largest: float, share: int = 1) -> Evidence:
+    """The clean evidence, where turning the reference's choices moves each `share`-th position so far."""
+    evidence = clean()
+    known = reference(evidence)
+    moved = {s: largest * (torch.arange(len(x)) % share == 0).float() for s, x in known.noise_max.items()}
+    halves = {s: x / 2 for s, x in moved.items()}
+    return change_reference(evidence, turn_max=moved, turn_mean=halves)
+
+
+def test_where_a_choice_may_turn_the_limit_is_twice_the_turn() -> None:
+    """Nothing is added to it, and positions that no choice reaches keep their own."""
+    evidence = turning(0.5, share=2)
+    aligned = with_reference(reference(evidence), trace(evidence), Phase.PROMPT)
+    limits = agreement.tolerance(aligned)
+    for rows in aligned.rows:
+        turns = rows.turn_max > 0
+        assert torch.equal(limits.max(rows)[turns], torch.full_like(limits.max(rows)[turns], 1.0))
+        assert torch.equal(limits.mean(rows)[turns], torch.full_like(limits.mean(rows)[turns], 0.5))
+        assert torch.equal(limits.max(rows)[~turns], limits.steady(rows)[~turns])
+        assert (limits.max(rows)[~turns] < 0.01).all()
+
+
+def test_a_turn_within_rounding_allows_no_more() -> None:
+    """The limit is the greater of the two, not their sum."""
+    evidence = turning(1e-9)
+    aligned = with_reference(reference(evidence), trace(evidence), Phase.DECODE)
+    limits = agreement.tolerance(aligned)
+    assert all(torch.equal(limits.max(rows), limits.steady(rows)) for rows in aligned.rows)
+
+
+@pytest.mark.parametrize(("share", "status"), [(1, Status.FAILED), (3, Status.PASSED)])
+def test_too_many_positions_that_hang_on_near_ties_tell_nothing(share: int, status: Status) -> None:
+    """A reference that cannot decide excuses anything, and the suite says so instead of passing."""
+    verdict = judge(get("logits.resolution"), turning(0.1, share))
+    assert verdict.status is status
+    worst = max(verdict.measurements, key=lambda m: m.measured / m.allowed)
+    assert "hang on near-tied choices" in worst.what
+    assert "positions, judged within what either choice gives" in worst.detail
+
+
+def test_a_turn_that_is_not_finite_is_a_broken_reference() -> None:
+    """Infinity would allow anything."""
+    assert judge(get("logits.complete"), turning(math.inf)).status is Status.FAILED
+
+
 def reference(evidence: Evidence) -> ReferenceRun:
     assert isinstance(evidence.reference, ReferenceRun)
     return evidence.reference
@@ -338,6 +383,8 @@ def exact(vocabulary: int) -> Aligned:
         reference=logits,
         noise_max=floor,
         noise_mean=floor / 2,
+        turn_max=torch.zeros(1),
+        turn_mean=torch.zeros(1),
     )
     return Aligned(where="TP=1", phase=Phase.DECODE, dtype=torch.float32, rows=(row,), gaps=())
 

@@ -39,11 +39,15 @@ def complete(evidence: Evidence) -> Iterator[Measurement]:
 
 @check(needs=("reference", "plain"))
 def resolution(evidence: Evidence) -> Iterator[Measurement]:
-    """The tolerance can tell right from wrong: it is smaller than the spread of the best logits.
+    """The tolerance can tell right from wrong: it is smaller than the spread of the best logits, at steady positions.
+
+    A position is steady unless it hangs on a choice of the reference, such as a router's between two experts, that
+    is so nearly tied that rounding alone may turn it. One that does is judged within what either choice gives.
 
     Usual causes:
         Logits that are nearly constant (weights at zero, a norm weight of zero), or so ill-conditioned
-        that the tested dtype keeps no digit of them. Every comparison of logits would pass whatever the
+        that the tested dtype keeps no digit of them; a router whose scores are equal, or so many choices
+        in half precision that rounding always turns one. Comparisons of logits would pass whatever the
         model computes.
     How to fix:
         Let genmodel make its adversarial weights (no --genmodel-weights), give a reference that can
@@ -53,6 +57,7 @@ def resolution(evidence: Evidence) -> Iterator[Measurement]:
     """
     for aligned in _plain(evidence, *Phase):
         yield from agreement.resolution(aligned, evidence.target.top_k)
+        yield from agreement.undecided(aligned)
 
 
 @check(needs=("reference", "plain"))
@@ -236,6 +241,8 @@ def bfloat16(evidence: Evidence) -> Iterator[Measurement]:
         trace = rank_zero(evidence, "bfloat16", size)
         for phase in (Phase.PROMPT, Phase.FIRST, Phase.DECODE):
             aligned = with_reference(reference_of(evidence, trace), trace, phase)
+            if any(not found.ok for found in agreement.undecided(aligned)):
+                raise NotApplicable("most positions hang on choices that rounding turns in bfloat16")
             yield from agreement.max_difference(aligned)
             yield from agreement.mean_difference(aligned)
 

@@ -165,6 +165,69 @@ def every_load_folds_a_scale(model: Any) -> None:
     model.load_weights = load
 
 
+@mutant(caught_by="refit.changed_weights", reports="prime-rl#1650", alone=True, at="")
+def rotary_table_lives_on(model: Any) -> None:
+    """Rotary frequencies are learned, and the table of angles that is made of them on first use is never made again."""
+    half = model.config.head_dim // 2
+    model.frequencies = nn.Parameter(torch.ones(half))
+    tables: dict[str, Tensor] = {}
+
+    def forward(input_ids: Tensor, positions: Tensor) -> Tensor:
+        angles = tables.setdefault("angles", torch.arange(256)[:, None] * model.frequencies.detach())
+        x = model.embed_tokens(input_ids)
+        table = angles[positions].unsqueeze(-2).to(x.dtype)
+        for layer in model.layers:
+            x = layer(x, table.cos(), table.sin())
+        hidden: Tensor = model.norm(x)
+        return hidden
+
+    model.forward = forward
+
+
+@mutant(caught_by="refit.changed_weights", reports="prime-rl#1650", alone=True, at="layers.0.attn")
+def norm_folded_on_the_first_load_only(model: Any) -> None:
+    """A norm's weight is folded into the projection after it when the model is loaded, and not when it is reloaded."""
+    folded: dict[int, Tensor] = {}
+
+    def load(weights: Any) -> set[str]:
+        names = load_weights(model, weights)
+        for index, layer in enumerate(model.layers):
+            folded.setdefault(index, layer.attn_norm.weight.detach().clone())
+        return names
+
+    for index, layer in enumerate(model.layers):
+
+        def normalised(x: Tensor, norm: Any = layer.attn_norm, index: int = index) -> Tensor:
+            weight = folded.get(index, norm.weight)
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * weight
+
+        layer.attn_norm.forward = normalised
+    model.load_weights = load
+
+
+@mutant(caught_by="refit.changed_weights", reports="prime-rl#1650", alone=True)
+def prefix_cache_outlives_the_weights(model: Any) -> None:
+    """New weights, and the keys and values of the old ones are still in the prefix cache."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    loads: list[None] = []
+
+    def load(weights: Any) -> set[str]:
+        names = load_weights(model, weights)
+        if loads and engine_config() is None:  # a refit: the engine is built
+            reset = BlockPool.reset_prefix_cache
+
+            def skipped(self: Any) -> bool:  # noqa: ARG001 - once, and for this engine only
+                BlockPool.reset_prefix_cache = reset  # type: ignore[method-assign]
+                return True
+
+            BlockPool.reset_prefix_cache = skipped  # type: ignore[method-assign]
+        loads.append(None)
+        return names
+
+    model.load_weights = load
+
+
 # Variants: the correct model of each is the reference ------------------------------------------------------
 
 

@@ -1,0 +1,198 @@
+"""The choices a model makes by comparing numbers, and where rounding alone could have made them otherwise.
+
+A router gives a token to the k experts that score best. Where the k-th and the next best score are closer than
+rounding can tell, two correct implementations may choose differently, and their outputs differ by far more than
+rounding: neither is wrong. Such near ties are found in the reference alone. All its choices (torch.topk, argmax and
+max) are seen, in the tested dtype and in the higher precision, in anybody's code; how far the scores move between
+the two is the noise of those scores, and a margin is a near tie by the rule that holds for logits: each score may be
+off by NOISE_FACTOR noise floors and ULP_FACTOR ulp.
+
+Then the reference runs again with near ties decided the other way. How far that moves its logits is the `turn` of
+each position: zero unless a near tie reaches it. The program under test has no say in any of this.
+
+Shapes: R rows of scores, n scores to a row, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+NOISE_FACTOR = 4.0
+"""Noise floors that a value may be off."""
+ULP_FACTOR = 4.0
+"""Units in the last place, at the largest value, that it may be off on top."""
+MEDIAN_OF_NORMAL = 0.6745
+"""The median of |x| for a standard normal x, which makes a deviation of a median."""
+HALVES = 4
+"""Ways to split the near ties in two halves, of which each is turned without the other."""
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One call that chose the k best of n scores, in every row."""
+
+    scores: torch.Tensor
+    """[R, n], in the order of the call's own rows; negated where the least were chosen."""
+    k: int
+
+    def margins(self) -> torch.Tensor:
+        """How far the k-th is ahead of the next best, [R]."""
+        best = self.scores.topk(self.k + 1, -1).values
+        return best[:, -2] - best[:, -1]
+
+
+Turned = Callable[[int, torch.Tensor], torch.Tensor | None]
+"""From a call's number and its margins [R] to the rows to turn, [R] bool; None for none of them."""
+
+
+class Choices(TorchDispatchMode):
+    """Entered around a forward pass: keeps what it chose from, and may make it choose otherwise.
+
+    Args:
+        turned: rows in which the next best is chosen instead of the k-th.
+    """
+
+    def __init__(self, turned: Turned = lambda call, margins: None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: list[Choice] = []
+        self._turned = turned
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        answer = func(*args, **kwargs)
+        question = _question(func, args, kwargs)
+        if question is None:
+            return answer
+        made = Choice(question.ranked.flatten(0, -2), question.k)
+        rows = self._turned(len(self.made), made.margins())
+        self.made.append(made)
+        if rows is None or not bool(rows.any()):
+            return answer
+        return question.turn(answer, rows.view(question.ranked.shape[:-1]).unsqueeze(-1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A call that chooses among numbers."""
+
+    scores: torch.Tensor
+    """[.., n]: the dimension chosen along is the last."""
+    ranked: torch.Tensor
+    """The same, negated where the least are chosen."""
+    dim: int
+    k: int
+
+    def turn(self, answer: Any, wanted: torch.Tensor) -> Any:
+        """The call's answer with the next best in the place of the k-th, where wanted, [.., 1] bool."""
+        index = self.ranked.topk(self.k + 1, -1).indices
+        last, other = index[..., -2:-1], index[..., -1:]
+        parts = answer if isinstance(answer, (tuple, list)) else (answer,)
+        kept = parts[0].dim() == self.scores.dim()  # topk keeps the dimension, max and argmax only if told to
+        inner = [part.movedim(self.dim, -1) if kept else part.unsqueeze(-1) for part in parts]
+        here = wanted & (inner[-1] == last)
+        fresh = [self.scores.gather(-1, other), other][-len(inner) :]
+        made = [part.where(~here, new) for part, new in zip(inner, fresh, strict=True)]
+        outer = [part.movedim(-1, self.dim) if kept else part.squeeze(-1) for part in made]
+        return outer[0] if len(outer) == 1 else tuple(outer)
+
+
+def _question(func: Any, args: Any, kwargs: Any) -> _Question | None:
+    """What is asked, if this is a call that chooses among numbers."""
+
+    def argument(index: int, name: str, default: Any) -> Any:
+        return args[index] if len(args) > index else kwargs.get(name, default)
+
+    if func is aten.topk.default:
+        k, dim, largest = args[1], argument(2, "dim", -1), argument(3, "largest", True)
+    elif func in (aten.max.dim, aten.argmax.default):
+        k, dim, largest = 1, argument(1, "dim", None), True
+    elif func in (aten.min.dim, aten.argmin.default):
+        k, dim, largest = 1, argument(1, "dim", None), False
+    else:
+        return None
+    scores = args[0]
+    if dim is None or scores.dim() == 0 or not scores.is_floating_point() or not 0 < k < scores.shape[dim]:
+        return None
+    scores = scores.detach().movedim(dim, -1)
+    return _Question(scores, scores if largest else -scores, dim, k)
+
+
+def near_ties(tested: Sequence[Sequence[Choice]], higher: Sequence[Sequence[Choice]]) -> list[dict[int, torch.Tensor]]:
+    """Up to which margin rounding can turn a choice, [R] by number of the call, for every sequence with a near tie.
+
+    Args:
+        tested: the choices of each sequence's run in the tested dtype.
+        higher: the same in the higher precision.
+
+    Returns:
+        One per sequence; empty for a sequence whose margins are all larger. Where the two runs did not make the same
+        calls, which a model may do whose code depends on values, nothing is taken for a near tie.
+    """
+    limits: list[dict[int, torch.Tensor]] = [{} for _ in higher]
+    near = [False for _ in higher]
+    for call in range(max((len(made) for made in higher), default=0)):
+        pairs = {
+            index: (ours[call], theirs[call])
+            for index, (ours, theirs) in enumerate(zip(tested, higher, strict=True))
+            if len(ours) == len(theirs) > call and ours[call].scores.shape == theirs[call].scores.shape
+        }
+        errors = {index: _margin_errors(*pair) for index, pair in pairs.items()}
+        typical = torch.cat([*errors.values(), torch.zeros(0)]).median() / MEDIAN_OF_NORMAL
+        for index, (ours, theirs) in pairs.items():
+            eps = torch.finfo(ours.scores.dtype).eps
+            rounding = 2 * ULP_FACTOR * eps * _finite(theirs.scores.double()).abs().amax(-1)
+            limits[index][call] = NOISE_FACTOR * errors[index].clamp(min=float(typical)) + rounding
+            near[index] |= bool((theirs.margins() <= limits[index][call]).any())
+    return [found if close else {} for found, close in zip(limits, near, strict=True)]
+
+
+def _margin_errors(tested: Choice, higher: Choice) -> torch.Tensor:
+    """How far the margin between the higher precision's k-th and next best is off in the tested dtype, [R] float64."""
+    pair = higher.scores.topk(higher.k + 1, -1).indices[:, -2:]
+    ours, theirs = (choice.scores.double().gather(1, pair) for choice in (tested, higher))
+    return _finite((ours[:, 0] - ours[:, 1]) - (theirs[:, 0] - theirs[:, 1])).abs()
+
+
+def _finite(scores: torch.Tensor) -> torch.Tensor:
+    """Scores with zeros where a mask put infinities."""
+    return scores.nan_to_num(0.0, 0.0, 0.0)
+
+
+def turns(
+    logits: Callable[[], torch.Tensor], base: torch.Tensor, limits: Mapping[int, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far turning near ties moves the logits of each position: largest and mean over V, [T], the most of all runs.
+
+    All near ties are turned together, and halves of them, so that none is always turned with another one. What is a
+    near tie is asked anew in every run: a choice that is turned moves the margins of those after it.
+
+    Args:
+        logits: runs the model on one sequence, [T, V].
+        base: what that gives without turning anything.
+        limits: the sequence's, of `near_ties`.
+    """
+    largest, mean = (torch.zeros(len(base), dtype=torch.float64) for _ in range(2))
+    for half in (None, *range(2 * HALVES)):
+
+        def turned(call: int, margins: torch.Tensor, half: int | None = half) -> torch.Tensor | None:
+            if call not in limits or limits[call].shape != margins.shape:
+                return None
+            near = margins <= limits[call]
+            if half is None:
+                return near
+            generator = torch.Generator().manual_seed(1000 * call + half // 2)
+            drawn = torch.rand(len(margins), generator=generator) < 0.5
+            return near & (drawn if half % 2 else ~drawn)
+
+        with Choices(turned):
+            moved = (logits().double() - base.double()).abs()
+        largest = torch.maximum(largest, moved.amax(-1))
+        mean = torch.maximum(mean, moved.mean(-1))
+    return largest, mean

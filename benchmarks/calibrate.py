@@ -20,7 +20,7 @@ import torch
 
 from genmodel.conformance import agreement, catalogue
 from genmodel.conformance.access import rank_zero, reference
-from genmodel.conformance.alignment import Aligned, Phase, Rows, with_reference
+from genmodel.conformance.alignment import Phase, Rows, with_reference
 from genmodel.conformance.verdict import Status
 from genmodel.runners.evidence import Evidence
 from genmodel.runners.session import Session, TargetOptions
@@ -41,15 +41,14 @@ def ratios(evidence: Evidence) -> Iterator[tuple[str, float]]:
             aligned = with_reference(known, rank_zero(evidence, "plain", size), phase)
             if aligned.rows:
                 typical = agreement.tolerance(aligned).typical_max
-                shares = [_beyond_turns(aligned, rows) / rows.noise_max.clamp(min=typical) for rows in aligned.rows]
+                shares = [_beyond_turns(rows) / rows.noise_max.clamp(min=typical) for rows in aligned.rows]
                 yield phase.value, float(torch.cat(shares).max())
 
 
-def _beyond_turns(aligned: Aligned, rows: Rows) -> torch.Tensor:
+def _beyond_turns(rows: Rows) -> torch.Tensor:
     """Largest |logit error| at each position, zero where a near-tied choice of the reference accounts for it."""
     error = (rows.values - rows.expected).abs().amax(1)
-    accounted = (error > agreement.tolerance(aligned).steady(rows)) & (error <= agreement.TURN_FACTOR * rows.turn_max)
-    return error.where(~accounted, torch.zeros_like(error))
+    return error.where(error > agreement.TURN_FACTOR * rows.turn_max, torch.zeros_like(error))
 
 
 def quantiles(values: list[float]) -> str:

@@ -229,11 +229,14 @@ def parting(reference: ReferenceRun, ours: Trace, theirs: Trace) -> Iterator[Mea
 
 
 def resolution(aligned: Aligned, k: int) -> Iterator[Measurement]:
-    """How wide a near tie is, as a share of how far apart the reference's k best are, at the median position."""
+    """How wide a near tie is, as a share of how far apart the reference's k best are, at the median position.
+
+    Rounding alone: what turned choices add to that, `undecided` counts.
+    """
     if not aligned.rows:
         return
     limits = tolerance(aligned)
-    shares = torch.cat([limits.tie(rows) / _spread(rows.reference, k) for rows in aligned.blocks()])
+    shares = torch.cat([2 * limits.steady(rows) / _spread(rows.reference, k) for rows in aligned.blocks()])
     yield Measurement(
         what=f"{aligned.phase}: width of a near tie as a share of the top {k}'s spread, at the median position",
         where=aligned.where,

@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,7 @@ def attention_layer(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    alibi_slopes: Sequence[float] | None,
     prefix: str,
 ) -> nn.Module:
     """vLLM's own attention with the paged KV cache; head counts are this rank's.
@@ -87,6 +88,7 @@ def attention_layer(
         head_dim,
         scale,
         num_kv_heads=num_kv_heads,
+        alibi_slopes=None if alibi_slopes is None else list(alibi_slopes),
         cache_config=cache_config,
         quant_config=config.quant_config,
         logits_soft_cap=soft_cap,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
@@ -91,11 +91,14 @@ class TrainableAttention(nn.Module):
         sliding_window: how many tokens a token sees, itself included: i sees j if i - j < window
             (without `causal` also j - i < window).
         soft_cap: scores become soft_cap * tanh(scores / soft_cap) before the mask (Gemma 2).
+        alibi_slopes: one for each query head of this rank: slope * (j - i) is added to i's score of j,
+            after the soft cap (Press et al. 2021, https://arxiv.org/abs/2108.12409).
         dropout: probability on the attention weights, in training mode only, never inside vLLM.
         prefix: this layer's own name in the model, e.g. "layers.3.attn"; vLLM keys the KV cache by it.
         backend: what computes it outside vLLM. "flash" is the flash-attn package, "varlen" is
             torch's own, both for CUDA in float16 and bfloat16; "sdpa" is torch's
-            scaled_dot_product_attention (plain tensor math for soft_cap), anywhere in any dtype.
+            scaled_dot_product_attention (plain tensor math for soft_cap and alibi_slopes), anywhere
+            in any dtype.
             "auto" takes the first of these that can.
 
     Raises:
@@ -113,6 +116,7 @@ class TrainableAttention(nn.Module):
         causal: bool = True,
         sliding_window: int | None = None,
         soft_cap: float | None = None,
+        alibi_slopes: Sequence[float] | None = None,
         dropout: float = 0.0,
         prefix: str = "",
         backend: Backend = "auto",
@@ -125,6 +129,7 @@ class TrainableAttention(nn.Module):
         self.causal = causal
         self.sliding_window = sliding_window
         self.soft_cap = soft_cap
+        self.alibi_slopes = None if alibi_slopes is None else tuple(float(slope) for slope in alibi_slopes)
         self.dropout = dropout
         self.prefix = prefix
         self.backend = backend
@@ -150,6 +155,7 @@ class TrainableAttention(nn.Module):
             scale=self.scale,
             sliding_window=sliding_window,
             soft_cap=soft_cap,
+            alibi_slopes=self.alibi_slopes,
             prefix=prefix,
         )
 
@@ -160,6 +166,11 @@ class TrainableAttention(nn.Module):
             raise ValueError(f"sliding_window must be at least 1 (the token itself) or None, got {self.sliding_window}")
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ValueError(f"soft_cap must be positive or None, got {self.soft_cap}")
+        if self.alibi_slopes is not None and len(self.alibi_slopes) != self.num_heads:
+            raise ValueError(
+                f"alibi_slopes must have one slope for each of this rank's {self.num_heads} heads, "
+                f"got {len(self.alibi_slopes)}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
@@ -221,17 +232,18 @@ class TrainableAttention(nn.Module):
         fits = half_on_cuda and self.head_dim % 8 == 0 and self.head_dim <= 256
         able: dict[Backend, bool] = {
             "flash": fits,
-            "varlen": fits and not dropout and self.soft_cap is None,
+            "varlen": fits and not dropout and self.soft_cap is None and self.alibi_slopes is None,
             "sdpa": True,
         }
         if self.backend == "auto":
             return next(name for name, can in able.items() if can and _installed(name))
         if not able[self.backend]:
             needs = "CUDA tensors in float16 or bfloat16 with a head_dim divisible by 8 and at most 256"
-            needs += ", no dropout and no soft_cap" if self.backend == "varlen" else ""
+            needs += ", no dropout, no soft_cap and no alibi_slopes" if self.backend == "varlen" else ""
             raise ValueError(
                 f'backend="{self.backend}" needs {needs}; got {q.device.type}, {q.dtype}, head_dim {self.head_dim}, '
-                f'dropout {dropout}, soft_cap {self.soft_cap}: use backend="auto"'
+                f"dropout {dropout}, soft_cap {self.soft_cap}, alibi_slopes {self.alibi_slopes}: "
+                'use backend="auto"'
             )
         return self.backend
 
@@ -257,6 +269,7 @@ class TrainableAttention(nn.Module):
             causal=self.causal,
             window_size=(-1, -1) if self.sliding_window is None else self._window(),
             softcap=self.soft_cap or 0.0,
+            alibi_slopes=None if self.alibi_slopes is None else self._slopes(q_THD.device),
         )
         return out
 
@@ -288,8 +301,8 @@ class TrainableAttention(nn.Module):
 
     def _sdpa_rows(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        if self.soft_cap is not None:
-            return self._soft_capped(q_BHTD, k_BKTD, v_BKTD, dropout)
+        if self.soft_cap is not None or self.alibi_slopes is not None:
+            return self._written_out(q_BHTD, k_BKTD, v_BKTD, dropout)
         windowed = self.sliding_window is not None
         return F.scaled_dot_product_attention(
             q_BHTD,
@@ -302,17 +315,24 @@ class TrainableAttention(nn.Module):
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
 
-    def _soft_capped(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, dropout: float) -> Tensor:
-        # SDPA has no place for the cap. At least float32, as inside the fused kernels.
-        assert self.soft_cap is not None
+    def _written_out(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, dropout: float) -> Tensor:
+        # SDPA has no place for the cap, and rounds a bias to the dtype of q. At least float32, as inside the kernels.
         group = self.num_heads // self.num_kv_heads
         wide = torch.promote_types(q_BHTD.dtype, torch.float32)
         k_BHTD, v_BHTD = k_BKTD.repeat_interleave(group, 1), v_BKTD.repeat_interleave(group, 1)
         scores_BHTT = q_BHTD.to(wide) @ k_BHTD.to(wide).mT * self.scale
-        scores_BHTT = self.soft_cap * torch.tanh(scores_BHTT / self.soft_cap)
+        if self.soft_cap is not None:
+            scores_BHTT = self.soft_cap * torch.tanh(scores_BHTT / self.soft_cap)
+        if self.alibi_slopes is not None:
+            index = torch.arange(q_BHTD.shape[2], device=q_BHTD.device)
+            scores_BHTT = scores_BHTT + self._slopes(q_BHTD.device)[:, None, None] * (index - index[:, None])
         scores_BHTT = scores_BHTT.masked_fill(~self._visible(q_BHTD), float("-inf"))
         weights_BHTT = F.dropout(scores_BHTT.softmax(-1), dropout)
         return (weights_BHTT @ v_BHTD.to(wide)).to(q_BHTD.dtype)
+
+    def _slopes(self, device: torch.device) -> Tensor:
+        """float32 [H]."""
+        return torch.tensor(self.alibi_slopes, dtype=torch.float32, device=device)
 
     def _visible(self, q_BHTD: Tensor) -> Tensor:
         """bool [T, T]: whether token i (row) sees token j (column)."""

@@ -89,9 +89,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_TC: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
-        wide = x_TC.to(torch.promote_types(x_TC.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x_TC.dtype) * self.weight
+        return rms_norm(x_TC, self.weight, self.eps)
+
+
+def rms_norm(x_TC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight, over the last dimension."""
+    wide = x_TC.to(torch.promote_types(x_TC.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide.to(x_TC.dtype) * weight_C
 
 
 def rotary_table(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -185,6 +190,10 @@ class Dense(nn.Module):
         """What relatives of this model have of their own: one layer, called as `layer(x_TC, cos, sin)`."""
         return Layer(self.config, context, f"layers.{index}")
 
+    def rotary_table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, [T, 1, D / 2]."""
+        return rotary_table(positions, self.config.head_dim, self.config.rope_theta, dtype)
+
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """int [T] -> [T, C]."""
         x_TC: Tensor = self.embed_tokens(input_ids)
@@ -206,7 +215,7 @@ class Dense(nn.Module):
             assert input_ids is not None, "pass input_ids or inputs_embeds"
             inputs_embeds = self.embed_input_ids(input_ids)
         x_TC = inputs_embeds
-        cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x_TC.dtype)
+        cos, sin = self.rotary_table(positions, x_TC.dtype)
         for layer in self.layers:
             x_TC = layer(x_TC, cos, sin)
         out_TC: Tensor = self.norm(x_TC)

@@ -132,6 +132,8 @@ def _few_blocks(plan: Plan) -> dict[str, Any]:
         "num_gpu_blocks_override": blocks,
         "max_model_len": _crowd_length(plan),
         "enable_prefix_caching": False,  # else what was computed before is not computed again
+        # Else layers with and without a window draw on the blocks in groups of their own, as many as vLLM sees fit.
+        "disable_hybrid_kv_cache_manager": True,
     }
 
 

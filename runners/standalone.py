@@ -115,6 +115,7 @@ def alone() -> Iterator[ParallelContext]:
 
 def _dense_attention(layer: Any) -> Callable[..., torch.Tensor]:
     """What vLLM's attention layer computes, over one whole sequence [T, heads * dim] with no KV cache."""
+    slopes = getattr(layer.impl, "alibi_slopes", None)
     dense = TrainableAttention(
         layer.num_heads,
         layer.head_size,
@@ -122,6 +123,7 @@ def _dense_attention(layer: Any) -> Callable[..., torch.Tensor]:
         scale=layer.impl.scale,
         sliding_window=layer.sliding_window,
         soft_cap=getattr(layer.impl, "logits_soft_cap", None) or None,
+        alibi_slopes=None if slopes is None else torch.as_tensor(slopes).tolist(),
     )
 
     def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

@@ -27,6 +27,9 @@ def _float64() -> Any:
     torch.set_default_dtype(torch.float32)
 
 
+SLOPES = (0.5, 0.25, 0.125, 0.0625)
+
+
 def qkv(*leading: int, kv_heads: int = KV_HEADS) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (torch.randn(*leading, heads * DIM) for heads in (HEADS, kv_heads, kv_heads))
     return q, k, v
@@ -42,6 +45,7 @@ def theirs(
     causal: bool = True,
     window: int | None = None,
     soft_cap: float | None = None,
+    slopes: tuple[float, ...] | None = None,
 ) -> Tensor:
     """One sequence [T, ..], by loops over heads and tokens, from the definition."""
     out = torch.zeros_like(q)
@@ -53,6 +57,8 @@ def theirs(
             scores = [float(query @ k[j, kv * DIM : (kv + 1) * DIM]) * scale for j in seen]
             if soft_cap is not None:
                 scores = [soft_cap * math.tanh(score / soft_cap) for score in scores]
+            if slopes is not None:
+                scores = [score + slopes[h] * (j - i) for score, j in zip(scores, seen, strict=True)]
             total = sum(math.exp(score) for score in scores)
             for j, score in zip(seen, scores, strict=True):
                 out[i, h * DIM : (h + 1) * DIM] += math.exp(score) / total * v[j, kv * DIM : (kv + 1) * DIM]
@@ -63,11 +69,23 @@ def theirs(
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("soft_cap", [None, 0.5])
-def test_equals_the_formula(kv_heads: int, causal: bool, window: int | None, soft_cap: float | None) -> None:
+@pytest.mark.parametrize("slopes", [None, SLOPES])
+def test_equals_the_formula(
+    kv_heads: int, causal: bool, window: int | None, soft_cap: float | None, slopes: tuple[float, ...] | None
+) -> None:
     q, k, v = qkv(TOKENS, kv_heads=kv_heads)
     options: dict[str, Any] = {"causal": causal, "soft_cap": soft_cap, "scale": 0.7}
-    ours = TrainableAttention(HEADS, DIM, kv_heads, sliding_window=window, **options)(q, k, v)
-    torch.testing.assert_close(ours, theirs(q, k, v, kv_heads=kv_heads, window=window, **options), rtol=0, atol=1e-13)
+    ours = TrainableAttention(HEADS, DIM, kv_heads, sliding_window=window, alibi_slopes=slopes, **options)(q, k, v)
+    expected = theirs(q, k, v, kv_heads=kv_heads, window=window, slopes=slopes, **options)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
+
+
+def test_alibi_keeps_float32_s_precision_in_half() -> None:
+    """Far back a slope times the distance has no room in bfloat16."""
+    layer = TrainableAttention(HEADS, DIM, KV_HEADS, alibi_slopes=SLOPES)
+    inputs = [x.bfloat16() for x in qkv(300)]
+    wide = layer(*(x.double() for x in inputs))
+    torch.testing.assert_close(layer(*inputs).double(), wide, rtol=0, atol=0.01)
 
 
 def test_defaults() -> None:
@@ -81,7 +99,10 @@ def test_defaults() -> None:
     torch.testing.assert_close(layer(q, k, v), theirs(q, k, v, kv_heads=HEADS), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 2}, {"soft_cap": 0.5, "sliding_window": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sliding_window": 2}, {"soft_cap": 0.5, "sliding_window": 3}, {"alibi_slopes": [0.5, 0.1]}],
+)
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradient_equals_finite_differences(options: dict[str, Any], packed: bool) -> None:
     layer = TrainableAttention(2, 3, 1, **options)
@@ -90,7 +111,7 @@ def test_gradient_equals_finite_differences(options: dict[str, Any], packed: boo
     assert torch.autograd.gradcheck(lambda q, k, v: layer(q, k, v, cu_seqlens=bounds), inputs)
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"soft_cap": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"soft_cap": 0.5}, {"alibi_slopes": SLOPES}])
 def test_sequences_never_see_each_other(options: dict[str, Any]) -> None:
     """Packed, batched and one by one are the same, forward and backward."""
     layer = TrainableAttention(HEADS, DIM, KV_HEADS, **options)
@@ -124,7 +145,7 @@ def test_sequences_never_see_each_other(options: dict[str, Any]) -> None:
 
 
 def test_causal_gradient_is_exactly_zero_for_later_tokens() -> None:
-    for options in ({}, {"sliding_window": 3}, {"soft_cap": 0.5}):
+    for options in ({}, {"sliding_window": 3}, {"soft_cap": 0.5}, {"alibi_slopes": SLOPES}):
         layer = TrainableAttention(HEADS, DIM, KV_HEADS, **options)
         inputs = tuple(x.requires_grad_() for x in qkv(TOKENS))
         for grad in torch.autograd.grad(layer(*inputs)[4].sum(), inputs):
@@ -158,6 +179,10 @@ def test_half_precision_is_close_and_keeps_its_dtype() -> None:
         (lambda: TrainableAttention(4, 8, 0), r"^num_heads \(4\) is not divisible by num_kv_heads \(0\)$"),
         (lambda: TrainableAttention(4, 8, sliding_window=0), r"^sliding_window must be at least 1 .* got 0$"),
         (lambda: TrainableAttention(4, 8, soft_cap=0.0), r"^soft_cap must be positive or None, got 0.0$"),
+        (
+            lambda: TrainableAttention(4, 8, alibi_slopes=[0.5]),
+            r"^alibi_slopes must have one slope for each of this rank's 4 heads, got 1$",
+        ),
         (lambda: TrainableAttention(4, 8, dropout=1.0), r"^dropout must be in \[0, 1\), got 1.0$"),
         (
             lambda: TrainableAttention(4, 8, backend="fast"),  # type: ignore[arg-type]
@@ -226,6 +251,7 @@ def test_flash_attn_is_called_by_its_conventions(monkeypatch: pytest.MonkeyPatch
         causal: bool,
         window_size: tuple[int, int],
         softcap: float,
+        alibi_slopes: Tensor | None,
     ) -> Tensor:
         """As in flash-attn 2.7: window_size counts tokens besides the query's own, -1 is unlimited."""
         assert (q.shape, k.shape, v.shape) == ((TOKENS, HEADS, DIM), (TOKENS, KV_HEADS, DIM), (TOKENS, KV_HEADS, DIM))
@@ -237,7 +263,13 @@ def test_flash_attn_is_called_by_its_conventions(monkeypatch: pytest.MonkeyPatch
             window = None if window_size[0] < 0 else window_size[0] + 1
             assert window_size[1] == (-1 if window is None else 0)
             parts = (x[start:end].flatten(1) for x in (q, k, v))
-            outs.append(theirs(*parts, scale=softmax_scale, causal=causal, window=window, soft_cap=softcap or None))
+            slopes = None if alibi_slopes is None else tuple(alibi_slopes.tolist())
+            assert slopes is None or alibi_slopes.dtype == torch.float32
+            outs.append(
+                theirs(
+                    *parts, scale=softmax_scale, causal=causal, window=window, soft_cap=softcap or None, slopes=slopes
+                )
+            )
         return torch.cat(outs).view(TOKENS, HEADS, DIM)
 
     module = types.ModuleType("flash_attn")
@@ -245,7 +277,8 @@ def test_flash_attn_is_called_by_its_conventions(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     inputs = qkv(TOKENS)
     for bounds in (torch.tensor([0, 4, 9]), None):
-        for options in ({}, {"sliding_window": 3}, {"soft_cap": 0.5, "sliding_window": 2}):
+        options: dict[str, Any]
+        for options in ({}, {"sliding_window": 3}, {"soft_cap": 0.5, "sliding_window": 2}, {"alibi_slopes": SLOPES}):
             layer = TrainableAttention(HEADS, DIM, KV_HEADS, dropout=0.25, **options)
             expected = layer.eval()(*inputs, cu_seqlens=bounds)
             monkeypatch.setattr(layer, "_backend_for", lambda q: "flash")
@@ -289,7 +322,10 @@ def in_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("in_engine")
 def test_inside_the_engine_it_is_the_engines_layer() -> None:
-    layer = TrainableAttention(4, 8, 2, sliding_window=3, soft_cap=2.0, dropout=0.5, prefix="layers.0.attn")
+    slopes = [0.5, 0.25, 0.125, 0.0625]
+    layer = TrainableAttention(
+        4, 8, 2, sliding_window=3, soft_cap=2.0, alibi_slopes=slopes, dropout=0.5, prefix="layers.0.attn"
+    )
     assert isinstance(layer.engine_layer, FakeEngineLayer)
     assert layer.engine_layer.arguments == {
         "num_heads": 4,
@@ -298,6 +334,7 @@ def test_inside_the_engine_it_is_the_engines_layer() -> None:
         "scale": 8**-0.5,
         "sliding_window": 3,
         "soft_cap": 2.0,
+        "alibi_slopes": (0.5, 0.25, 0.125, 0.0625),
         "prefix": "layers.0.attn",
     }
     q = torch.randn(3, 32)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from genmodel.modeling.attention import packed_sequences
 from genmodel.modeling.parallel_context import GroupMember, ParallelContext
-from genmodel.reference_models import dense, dtensor, gpt
+from genmodel.reference_models import dense, dtensor, gpt, hybrid, moe
 from genmodel.runners import standalone
 
 HF: dict[str, Any] = {
@@ -30,8 +30,18 @@ HF: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 500.0,
     "tie_word_embeddings": False,
+    # a mixture's
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 28,
+    # a hybrid's
+    "sliding_window": 4,
+    "partial_rotary_factor": 0.5,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 8.0,
 }
-OURS = {"dense": dense.factory, "gpt": gpt.factory}
+OURS = {"dense": dense.factory, "gpt": gpt.factory, "moe": moe.factory, "hybrid": hybrid.factory}
 FACTORIES = {**OURS, "dtensor": dtensor.factory}
 with contextlib.suppress(ImportError):  # megatron-core is optional
     from genmodel.reference_models import megatron
@@ -68,26 +78,65 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(later, -torch.inf).softmax(-1), v).flatten(1)
 
 
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / ((x**2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """[T, H, D], the pairs (i, i + D / 2)."""
+    dim = x.shape[-1]
+    turn = torch.exp(1j * positions[:, None, None] * 500.0 ** (-torch.arange(0, dim, 2) / dim))
+    turned = torch.complex(x[..., : dim // 2], x[..., dim // 2 :]) * turn
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def swiglu(h: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    g = h @ gate.T
+    return (g / (1 + torch.exp(-g)) * (h @ up.T)) @ down.T
+
+
+def qkv_of(w: dict[str, Tensor], i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Four query heads, two key and value heads of 12."""
+    h = norm(x, w[f"layers.{i}.attn_norm.weight"]) @ w[f"layers.{i}.attn.qkv.weight"].T
+    q, k, v = h.view(len(x), 8, 12).split([4, 2, 2], 1)
+    return q, k, v
+
+
 def theirs_dense(w: dict[str, Tensor], ids: Tensor, positions: Tensor) -> Tensor:
-    heads, kv_heads, dim, inner = 4, 2, 12, 40
+    def mlp(i: int, h: Tensor) -> Tensor:
+        gate, up = w[f"layers.{i}.mlp.gate_up.weight"].chunk(2)
+        return swiglu(h, gate, up, w[f"layers.{i}.mlp.down.weight"])
 
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return x / ((x**2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    return theirs_decoder(w, ids, positions, mlp)
 
-    def rotate(x: Tensor) -> Tensor:
-        turn = torch.exp(1j * positions[:, None, None] * 500.0 ** (-torch.arange(0, dim, 2) / dim))
-        turned = torch.complex(x[..., : dim // 2], x[..., dim // 2 :]) * turn
-        return torch.cat([turned.real, turned.imag], -1)
 
+def theirs_moe(w: dict[str, Tensor], ids: Tensor, positions: Tensor) -> Tensor:
+    """Token by token and expert by expert."""
+
+    def mlp(i: int, h: Tensor) -> Tensor:
+        at = f"layers.{i}.mlp"
+        gates, ups = w[f"{at}.experts.gate_up.weight"].view(2, 6, 20, -1)
+        downs = w[f"{at}.experts.down.weight"].view(-1, 6, 20).transpose(0, 1)
+        shares = (h @ w[f"{at}.router.weight"].T).softmax(-1)
+        rows = []
+        for row, share in zip(h, shares, strict=True):
+            chosen = sorted(range(6), key=lambda e: -float(share[e]))[:2]
+            total = sum(float(share[e]) for e in chosen)
+            parts = [float(share[e]) / total * swiglu(row, gates[e], ups[e], downs[e]) for e in chosen]
+            rows.append(parts[0] + parts[1])
+        gate, up = w[f"{at}.shared.gate_up.weight"].chunk(2)
+        return torch.stack(rows) + swiglu(h, gate, up, w[f"{at}.shared.down.weight"])
+
+    return theirs_decoder(w, ids, positions, mlp)
+
+
+def theirs_decoder(w: dict[str, Tensor], ids: Tensor, positions: Tensor, mlp: Any) -> Tensor:
     x = w["embed_tokens.weight"][ids]
     for i in range(2):
-        h = norm(x, w[f"layers.{i}.attn_norm.weight"]) @ w[f"layers.{i}.attn.qkv.weight"].T
-        q, k, v = h.view(len(ids), heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], 1)
-        k, v = (t[:, [0, 0, 1, 1]] for t in (rotate(k), v))
-        x = x + attend(rotate(q), k, v) @ w[f"layers.{i}.attn.o_proj.weight"].T
-        h = norm(x, w[f"layers.{i}.mlp_norm.weight"]) @ w[f"layers.{i}.mlp.gate_up.weight"].T
-        gate, up = h[:, :inner], h[:, inner:]
-        x = x + (gate / (1 + torch.exp(-gate)) * up) @ w[f"layers.{i}.mlp.down.weight"].T
+        q, k, v = qkv_of(w, i, x)
+        k, v = (t[:, [0, 0, 1, 1]] for t in (rotate(k, positions), v))
+        x = x + attend(rotate(q, positions), k, v) @ w[f"layers.{i}.attn.o_proj.weight"].T
+        x = x + mlp(i, norm(x, w[f"layers.{i}.mlp_norm.weight"]))
     return norm(x, w["norm.weight"]) @ w["lm_head.weight"].T
 
 
@@ -112,13 +161,81 @@ def theirs_gpt(w: dict[str, Tensor], ids: Tensor, positions: Tensor) -> Tensor:
     return norm(x, "norm") @ w["embed_tokens.weight"].T
 
 
-@pytest.mark.parametrize(("name", "theirs"), [("dense", theirs_dense), ("gpt", theirs_gpt)])
+@pytest.mark.parametrize(("name", "theirs"), [("dense", theirs_dense), ("gpt", theirs_gpt), ("moe", theirs_moe)])
 def test_equals_the_published_formula(name: str, theirs: Any) -> None:
     model = build(name)
     shake(model)
     ids, positions = torch.randint(0, 51, (9,)), torch.arange(3, 12)
     ours = model.compute_logits(model(ids, positions))
     torch.testing.assert_close(ours, theirs(model.state_dict(), ids, positions), rtol=1e-11, atol=1e-11)
+
+
+class HuggingFaceAttention:
+    """What transformers' models of each kind make of one layer's hidden states, put together from their functions."""
+
+    def __init__(self, weights: dict[str, Tensor], layer: int, window: int | None, *, alibi: bool) -> None:
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+        self.w, self.layer, self.window, self.alibi = weights, layer, window, alibi
+        self.norms = {}
+        for name in ("q_norm", "k_norm"):
+            self.norms[name] = Qwen3RMSNorm(12, eps=1e-5)
+            self.norms[name].load_state_dict({"weight": weights[f"layers.{layer}.attn.{name}.weight"]})
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+        from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+        from transformers.models.stablelm.modeling_stablelm import apply_rotary_pos_emb
+
+        q, k, v = (t.transpose(0, 1)[None] for t in qkv_of(self.w, self.layer, x))  # [1, heads, T, 12]
+        q, k = self.norms["q_norm"](q), self.norms["k_norm"](k)
+        if not self.alibi:
+            angles = positions[:, None] * 500.0 ** (-torch.arange(0, 6, 2) / 6)
+            table = torch.cat([angles, angles], -1)[None]
+            (q, q_kept), (k, k_kept) = q.split(6, -1), k.split(6, -1)
+            q, k = apply_rotary_pos_emb(q, k, table.cos(), table.sin())
+            q, k = torch.cat([q, q_kept], -1), torch.cat([k, k_kept], -1)
+        distance = positions[:, None] - positions
+        visible = (distance >= 0) & (distance < (self.window or len(x)))
+        mask = torch.zeros(1, 1, len(x), len(x)).masked_fill(~visible, -torch.inf)
+        if self.alibi:
+            mask = mask + build_alibi_tensor(torch.ones(1, len(x)), 4, x.dtype).view(1, 4, 1, -1)
+        heads = SimpleNamespace(num_key_value_groups=2, training=False, head_dim=12)
+        out, _ = eager_attention_forward(heads, q, k, v, mask, scaling=12**-0.5, softcap=2.0)  # type: ignore[arg-type]
+        return out.flatten(2)[0] @ self.w[f"layers.{self.layer}.attn.o_proj.weight"].T
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+def test_hybrid_attention_is_hugging_face_s(alibi: bool) -> None:
+    """Gemma 2's soft cap and windows, Qwen 3's norms, StableLM's partial rotation, Bloom's slopes."""
+    model = build("hybrid", alibi=alibi)
+    shake(model)
+    positions = torch.arange(9)
+    x = torch.randn(9, 32)
+    for index, window in enumerate((4, None)):
+        layer = model.layers[index]
+        ours = layer.attn(layer.attn_norm(x), *model.rotary_table(positions, x.dtype))
+        theirs = HuggingFaceAttention(model.state_dict(), index, window, alibi=alibi)
+        torch.testing.assert_close(ours, theirs(x, positions), rtol=0, atol=1e-6)  # some of theirs is float32 inside
+
+
+def test_hybrid_logits_are_capped() -> None:
+    """The last soft cap is on what the head gives."""
+    model = build("hybrid")
+    shake(model)
+    hidden = 50 * torch.randn(3, 32)
+    plain = model.lm_head(hidden)
+    assert plain.abs().max() > 8
+    torch.testing.assert_close(model.compute_logits(hidden), 8 * torch.tanh(plain / 8))
+
+
+def test_alibi_slopes_of_any_number_of_heads() -> None:
+    """Those of the paper, and of Bloom's code where the number is no power of two."""
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    for heads in (1, 2, 4, 6, 7, 12, 16):
+        theirs = build_alibi_tensor(torch.ones(1, 2), heads, torch.float64)[:, 0, 1]
+        torch.testing.assert_close(torch.tensor(hybrid.alibi_slopes(heads)), theirs, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", FACTORIES)
@@ -227,6 +344,9 @@ def test_config_reads_what_is_there() -> None:
     [
         ("dense", {"rope_scaling": {"rope_type": "yarn"}}, r"^dense has plain rotary positions only, .* 'yarn'$"),
         ("dense", {"num_key_value_heads": 3}, r"^num_heads \(4\) is not divisible by num_kv_heads \(3\)$"),
+        ("moe", {"num_experts_per_tok": 7}, r"^num_experts_per_tok \(7\) has to be from 1 to num_experts \(6\)$"),
+        ("hybrid", {"layer_types": ["full_attention"]}, r"^layer_types names 1 layers, num_hidden_layers is 2$"),
+        ("hybrid", {"partial_rotary_factor": 0.25}, r"^the rotated part of a head is 3 of 12: it must be even$"),
         ("gpt", {"hidden_size": 30}, r"^hidden_size \(30\) is not divisible by num_heads \(4\)"),
     ],
 )

@@ -18,12 +18,18 @@ from genmodel.reference_models.vllm_layers import VllmDense
 from genmodel.runners import checkpoint, standalone
 from genmodel.runners.session import Session, TargetOptions
 
-TARGETS = {"vllm_layers": "VllmDense", "megatron": "factory", "dtensor": "factory"}
+OF_DENSE = {"vllm_layers": "VllmDense", "megatron": "factory", "dtensor": "factory"}
+ALIBI = checkpoint.TINY_CONFIG | {"alibi": True, "attn_logit_softcapping": None}
+HYBRID = "genmodel.reference_models.hybrid:factory"
 OPTIONS = {
     name: TargetOptions(
         spec=f"genmodel.reference_models.{name}:{attribute}", reference="genmodel.reference_models.dense:factory"
     )
-    for name, attribute in TARGETS.items()
+    for name, attribute in OF_DENSE.items()
+} | {
+    "moe": TargetOptions(spec="genmodel.reference_models.moe:factory"),
+    "hybrid": TargetOptions(spec=HYBRID),
+    "hybrid with ALiBi": TargetOptions(spec=HYBRID, config="test_reference_models_in_vllm:ALIBI"),
 }
 SCENARIOS = {"inspection", "gradients", "parallel_gradients", "weights", "reference", "plain"}
 
@@ -38,7 +44,9 @@ def session() -> Iterator[Session]:
 NO_MEGATRON = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 
-@pytest.mark.parametrize("name", ["vllm_layers", pytest.param("megatron", marks=NO_MEGATRON), "dtensor"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=NO_MEGATRON if name == "megatron" else ()) for name in OPTIONS]
+)
 def test_conforms(session: Session, name: str) -> None:
     """At TP=1 and TP=2, forward, backward and loading: no check that applies fails."""
     evidence = session.collect(OPTIONS[name], SCENARIOS)

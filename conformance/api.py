@@ -67,7 +67,7 @@ def check_model(
     """
     chosen = select(ids=checks, level=level)
     options = TargetOptions(
-        spec=target if isinstance(target, str) else _describe(target),
+        spec=target if isinstance(target, str) else describe(target),
         target=None if isinstance(target, str) else target,
         config=None if config is None else str(config),
         reference=reference,
@@ -88,6 +88,7 @@ def check_model(
     return verdicts
 
 
-def _describe(target: Callable[..., Any]) -> str:
+def describe(target: Callable[..., Any]) -> str:
+    """What reports call a target that has no "module:attr"."""
     named = target if hasattr(target, "__qualname__") else type(target)
     return f"{named.__module__}:{named.__qualname__}"

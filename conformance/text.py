@@ -10,6 +10,7 @@ from genmodel.conformance.catalogue import GROUPS, Check, all_checks
 from genmodel.conformance.verdict import REFERENCE, Measurement, Status, Verdict
 
 WIDTH = 80
+TABLE_LEGEND = "passed/judged, then the worst error as a share of its tolerance; ! marks what did not hold"
 _MEASUREMENTS_SHOWN = 6
 _BROKEN = (Status.FAILED, Status.ERROR, Status.XPASSED)
 
@@ -46,7 +47,7 @@ def summary(verdict: Verdict) -> str:
         return verdict.reason or verdict.status.value
     worst = broken[0]
     detail = f" ({worst.detail})" if worst.detail else ""
-    return f"{worst.where}, {worst.what}: {_against(worst)}{detail}"
+    return f"{worst.where}, {worst.what}: {against(worst)}{detail}"
 
 
 def cause(verdict: Verdict) -> tuple[str, str] | None:
@@ -63,15 +64,21 @@ def table(verdicts: Sequence[Verdict]) -> str:
     A cell such as "8/9 0.31" says that 8 of 9 checks hold there and that the worst error is 0.31 of its tolerance;
     a check stands in every row it measured something for.
     """
+    cells = table_cells(verdicts)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    lines.append(TABLE_LEGEND)
+    return "\n".join(lines)
+
+
+def table_cells(verdicts: Sequence[Verdict]) -> list[list[str]]:
+    """The same as a heading row and one row for each place."""
     judged = [verdict for verdict in verdicts if verdict.status is not Status.NOT_APPLICABLE]
     groups = [group for group in GROUPS if any(_group(verdict) == group for verdict in judged)]
     rows = sorted({where for verdict in judged for where in _places(verdict)}, key=_row_order)
     cells = [["", *groups]]
     cells += [[where, *(_cell(where, [v for v in judged if _group(v) == group]) for group in groups)] for where in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-    lines.append("passed/judged, then the worst error as a share of its tolerance; ! marks what did not hold")
-    return "\n".join(lines)
+    return cells
 
 
 def not_applicable(verdicts: Sequence[Verdict]) -> str:
@@ -105,7 +112,7 @@ def _measured(measurements: Sequence[Measurement]) -> list[str]:
     width = max((len(m.where) for m in shown), default=0)
     lines = ["Measured, worst first"] if broken else []
     for m in shown:
-        lines.append(_hanging(f"  {m.where:{width}}  ", f"{m.what}: {_against(m)}"))
+        lines.append(_hanging(f"  {m.where:{width}}  ", f"{m.what}: {against(m)}"))
         if m.detail:
             lines.append(_wrap(m.detail, "  " * 2 + " " * width))
     if len(broken) > len(shown):
@@ -118,14 +125,16 @@ def _measured(measurements: Sequence[Measurement]) -> list[str]:
     return lines
 
 
-def _against(m: Measurement) -> str:
+def against(m: Measurement) -> str:
+    """A measurement and its limit in words: "0.001 where 8e-06 is allowed, 120 times its limit"."""
     if m.allowed == 0 and m.measured == int(m.measured if math.isfinite(m.measured) else 0):
         return f"{m.measured:g}, and none is allowed"
-    times = f", {_number(m.ratio)} times its limit" if math.isfinite(m.ratio) else ""
-    return f"{_number(m.measured)} where {_number(m.allowed)} is allowed{times}"
+    times = f", {number(m.ratio)} times its limit" if math.isfinite(m.ratio) else ""
+    return f"{number(m.measured)} where {number(m.allowed)} is allowed{times}"
 
 
-def _number(x: float) -> str:
+def number(x: float) -> str:
+    """A number in a few digits."""
     return f"{x:,.0f}" if math.isfinite(x) and 100 <= abs(x) < 1e6 else f"{x:.2g}"
 
 
@@ -137,7 +146,7 @@ def _cell(where: str, verdicts: Sequence[Verdict]) -> str:
     holding = [v for v, found in here if found and all(m.ok for m in found) and v.where != where]
     errors = [m for _, found in here for m in found if m.allowed != 0]
     broken = any(v.status in _BROKEN and v not in holding for v, _ in here)
-    worst = f" {_number(max(errors, key=lambda m: m.severity).ratio)}" if errors else ""
+    worst = f" {number(max(errors, key=lambda m: m.severity).ratio)}" if errors else ""
     return f"{len(holding)}/{len(here)}{worst}{' !' if broken else ''}"
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +38,7 @@ class _Host:
     """Where in the log the present command began."""
     ready: bool = False
     phase: str = "importing torch and vLLM"
+    begun: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +203,7 @@ class Job:
             return
         if kind == "ready":
             host.ready, host.phase = True, "importing the target"
-            self.started[rank] = time.perf_counter()
+            self.started[rank] = max(self.started[rank], host.begun + value)
             self._pool.import_seconds = max(self._pool.import_seconds, value)
         elif kind == "phase":
             host.phase = value

@@ -45,6 +45,7 @@ PUBLIC_NAMES = [
     "__version__",
     "as_model_class",
     "check_model",
+    "parametrize_with_checks",
     "register_model",
 ]
 

@@ -31,7 +31,7 @@ PRELOADED = (evidence_samples, report, text)
 
 @pytest.fixture(autouse=True)
 def _plugin_for_subprocesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # this may itself run in one
 
 
@@ -208,6 +208,14 @@ def test_expected_failure_that_passes_fails(suite: Suite) -> None:
     assert result.ret == 1
     result.assert_outcomes(passed=len(CHECKS) - 1, failed=1)
     result.stdout.fnmatch_lines(["FAILED genmodel/interface.builds[[]models:right[]] - expected to fail, and *"])
+
+
+def test_an_error_of_the_harness_is_no_expected_failure(suite: Suite) -> None:
+    Path("expected.toml").write_text('"interface.reaches_workers" = "known"\n')
+    result = suite("--genmodel-expect=expected.toml", target="models:unproven")
+
+    assert result.ret == 1
+    result.assert_outcomes(passed=len(CHECKS) - 1, errors=1)
 
 
 def test_expectations_can_be_for_one_target(suite: Suite) -> None:
@@ -426,3 +434,96 @@ def test_junit_xml(suite: Suite) -> None:
     assert failure is not None
     assert failure.attrib["message"].startswith("reference, missing parts of vLLM's interface")
     assert "How to fix" in (failure.text or "")
+    said = {p.get("name"): p.get("value") for p in cases["genmodel.interface.signature[models:wrong]"].iter("property")}
+    assert said == {
+        "genmodel_target": "models:wrong",
+        "genmodel_check": "interface.signature",
+        "genmodel_level": "required",
+        "genmodel_status": "failed",
+    }
+
+
+def test_junit_xml_has_the_worst_number_against_its_limit(pytester: pytest.Pytester) -> None:
+    pytester.runpytest_inprocess("-p", "fake_session", "--genmodel=models:right", "-k", "kl", "--junitxml=junit.xml")
+    said = {p.get("name"): p.get("value") for p in ET.parse("junit.xml").getroot().iter("property")}
+
+    assert said["genmodel_status"] == "passed"
+    assert (said["genmodel_worst"] or "").startswith(("TP=1, ", "TP=2, "))
+    assert 0 < float(said["genmodel_measured"] or "") < float(said["genmodel_allowed"] or "")
+
+
+def test_reports_for_people(suite: Suite) -> None:
+    suite("--genmodel-report=out/a.md", "--genmodel-report=out/a.html", target="models:wrong")
+
+    assert Path("out/a.md").read_text().startswith("## ❌ genmodel: the model does not conform")
+    assert "pytest 'genmodel/interface.signature[models:wrong]' --genmodel=models:wrong" in Path("out/a.md").read_text()
+    page = Path("out/a.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert page.count("<svg") == len([t for t in evidence_samples.clean().traces.values() if isinstance(t, tuple)])
+
+
+def test_reports_for_people_under_xdist(pytester: pytest.Pytester) -> None:
+    arguments = ["--genmodel=models:right", "--genmodel=models:wrong", "--genmodel-report=a.html", "-k", "interface"]
+    pytester.runpytest_subprocess("-p", "fake_session", "-n", "2", *arguments)
+
+    page = Path("a.html").read_text()
+    assert page.count("<svg") == 2 * len([t for t in evidence_samples.clean().traces.values() if isinstance(t, tuple)])
+
+
+# --- baselines -----------------------------------------------------------------------------------------------------
+
+
+def test_a_baseline_is_written_and_held_against(suite: Suite) -> None:
+    """What fails newly fails the run, though it is only recommended or expected nowhere; what is the same does not."""
+    written = suite("--genmodel-baseline=b.json", "--genmodel-baseline-update")
+    same = suite("--genmodel-baseline=b.json", "--genmodel-report=r.json", "--genmodel-report=r.md")
+
+    assert written.ret == same.ret == 0
+    written.stdout.fnmatch_lines(["genmodel: wrote *b.json"])
+    same.stdout.fnmatch_lines(["*= genmodel: against b.json =*", "nothing is worse than the baseline, nor better"])
+    assert json.loads(Path("r.json").read_text())["baseline"]["regressions"] == []
+    assert "### Against the baseline `b.json`" in Path("r.md").read_text()
+
+
+@pytest.mark.parametrize("distributed", [(), ("-n", "1")])
+def test_a_number_grown_beyond_the_noise_fails_the_run(pytester: pytest.Pytester, distributed: tuple[str, ...]) -> None:
+    """All checks pass, and the exit code is 1."""
+    arguments = ("-p", "fake_session", "--genmodel=models:right", "-k", "kl or builds", "--genmodel-baseline=b.json")
+    pytester.runpytest_inprocess(*arguments, "--genmodel-baseline-update")
+    content = json.loads(Path("b.json").read_text())
+    for check in content["targets"][0]["checks"]:
+        for measurement in check["measurements"]:
+            measurement["measured"], measurement["allowed"] = 0.0, measurement["allowed"] / 1e6
+    Path("b.json").write_text(json.dumps(content))
+    result = pytester.runpytest_subprocess(*arguments, "--genmodel-report=r.json", *distributed)
+
+    assert result.ret == 1
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["* worse than the baseline, nothing better", "  worse: models:right, logits.kl: TP=*"])
+    kinds = {change["kind"] for change in json.loads(Path("r.json").read_text())["baseline"]["regressions"]}
+    assert kinds == {"error"}
+
+
+def test_what_was_not_selected_did_not_vanish(suite: Suite) -> None:
+    suite("--genmodel-baseline=b.json", "--genmodel-baseline-update")
+
+    assert suite("--genmodel-baseline=b.json", "-k", "builds").ret == 0
+    assert suite("--genmodel-baseline=b.json", "genmodel/interface.builds[models:right]").ret == 0
+
+
+def test_a_check_that_is_gone_vanished(suite: Suite) -> None:
+    suite("--genmodel-baseline=b.json", "--genmodel-baseline-update")
+    Path("b.json").write_text(Path("b.json").read_text().replace("interface.builds", "interface.bygone"))
+    result = suite("--genmodel-baseline=b.json")
+
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        ["  worse: *interface.bygone: was passed, and*", "  not in the baseline: interface.builds"]
+    )
+
+
+def test_a_run_that_was_stopped_has_no_vanished_checks(suite: Suite) -> None:
+    suite("--genmodel-baseline=b.json", "--genmodel-baseline-update", target="models:wrong")
+    result = suite("--genmodel-baseline=b.json", "-x", target="models:wrong")
+
+    result.stdout.fnmatch_lines(["nothing is worse than the baseline, nor better"])

@@ -144,7 +144,12 @@ def test_target_that_is_no_module_and_attribute(pytester: pytest.Pytester, targe
         ("--genmodel-weights=missing", "--genmodel-weights: missing is not a directory"),
         ("--genmodel-weights=.", "--genmodel-weights: no *.safetensors in ."),
         ("--genmodel-expect=missing.toml", "--genmodel-expect: no such file: missing.toml"),
-        ("--genmodel-report=report.html", "cannot write report.html: a report's name ends in .json"),
+        ("--genmodel-report=report.pdf", "cannot write report.pdf: a report's name ends in .json or .md or .html"),
+        ("--genmodel-baseline=none.json", "no such file: none.json; --genmodel-baseline-update writes it"),
+        ("--genmodel-baseline=list.json", "list.json is not a report of genmodel"),
+        ("--genmodel-baseline=broken.json", "broken.json is not a JSON report: Expecting value"),
+        ("--genmodel-baseline=report.md", "report.md is not the name of a JSON report, such as baseline.json"),
+        ("--genmodel-baseline-update", "--genmodel-baseline-update needs --genmodel-baseline=FILE"),
     ],
 )
 def test_option_that_cannot_be_used(pytester: pytest.Pytester, option: str, message: str) -> None:
@@ -152,6 +157,13 @@ def test_option_that_cannot_be_used(pytester: pytest.Pytester, option: str, mess
     pytester.path.joinpath("list.json").write_text("[]")
 
     assert message in refused(pytester, "--genmodel=models:right", option)
+
+
+def test_html_without_matplotlib(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    message = "cannot draw r.html without matplotlib: pip install 'pytest-genmodel[report]'"
+    assert message in refused(pytester, "--genmodel=models:right", "--genmodel-report=r.html")
 
 
 def test_an_ini_file_is_named_when_its_value_cannot_be_used(pytester: pytest.Pytester) -> None:
@@ -169,6 +181,8 @@ def test_an_ini_file_is_named_when_its_value_cannot_be_used(pytester: pytest.Pyt
         ("[interface.builds]", "expected.toml: interface.builds: a reason is required"),
         ("[interface]\nbuilds = true", "interface.builds: neither text nor a table"),
         ('[interface.builds]\nreason = "x"\nstrict = false', "interface.builds: unknown strict"),
+        ('"interface.builds" = "x"\n[interface.builds]\nreason = "y"', "interface.builds is there twice"),
+        ('"interface.builds" = " "', "interface.builds: a reason is required"),
         ('[interface.builds]\nreason = "x"\ntargets = "y"', "interface.builds: targets is a list of module:attribute"),
     ],
 )

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from genmodel.conformance.api import check_model as check_model
+    from genmodel.fixtures.parametrize import parametrize_with_checks as parametrize_with_checks
     from genmodel.modeling.attention import TrainableAttention as TrainableAttention
     from genmodel.modeling.attention import TrainableFlashAttention as TrainableFlashAttention
     from genmodel.modeling.layers import ColumnParallelLinear as ColumnParallelLinear
@@ -37,6 +38,7 @@ _HOME = {
     "VocabParallelEmbedding": "genmodel.modeling.layers",
     "as_model_class": "genmodel.modeling.wrapper",
     "check_model": "genmodel.conformance.api",
+    "parametrize_with_checks": "genmodel.fixtures.parametrize",
     "register_model": "genmodel.modeling.registration",
 }
 

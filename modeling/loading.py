@@ -73,7 +73,9 @@ def load_weights(
         except (LoadError, ValueError) as error:
             problems.append(str(error))
         loaded.add(id(destination))
-    missing = sorted({name for name, p in model.named_parameters() if id(p) not in loaded})
+    # By the parameters as they were: under vLLM's reload_weights, loading puts others in their places.
+    first_names = {id(p): name for name, p in reversed(parameters.items())}
+    missing = sorted(name for key, name in first_names.items() if key not in loaded)
     if missing:
         problems.append(f"the checkpoint has nothing for {_some(missing)}")
     if problems:

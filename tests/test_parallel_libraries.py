@@ -145,6 +145,25 @@ def test_weights_load_by_megatron_s_attributes() -> None:
         load_weights(fused, [("rows", torch.zeros(9, 4))], second)
 
 
+def test_a_weight_loader_may_put_another_parameter_in_place() -> None:
+    """As those do that vLLM's reload_weights puts around ours: what was loaded counts, and a tied name with it."""
+    model = nn.Module()
+    model.first = nn.Linear(2, 2, bias=False)
+    model.second = nn.Linear(2, 2, bias=False)
+    model.second.weight = model.first.weight
+
+    def replace(_: Tensor, tensor: Tensor) -> None:
+        model.first.weight = model.second.weight = nn.Parameter(tensor.clone())
+
+    parameter: Any = model.first.weight
+    parameter.weight_loader = replace
+    assert load_weights(model, [("first.weight", torch.eye(2))]) == {"first.weight", "second.weight"}
+    assert torch.equal(model.second.weight, torch.eye(2))
+    model.third = nn.Linear(2, 2, bias=False)
+    with pytest.raises(LoadError, match=r"the checkpoint has nothing for first.weight, third.weight$"):
+        load_weights(model, [])
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 

@@ -189,7 +189,7 @@ def turns(
                 return near
             generator = torch.Generator().manual_seed(1000 * call + half // 2)
             drawn = torch.rand(len(margins), generator=generator) < 0.5
-            return near & (drawn if half % 2 else ~drawn)
+            return near & (drawn if half % 2 else ~drawn).to(near.device)
 
         with Choices(turned):
             moved = (logits().double() - base.double()).abs()

@@ -346,6 +346,20 @@ def test_too_many_positions_that_hang_on_near_ties_tell_nothing(share: int, stat
     assert "positions, judged within what either choice gives" in worst.detail
 
 
+@pytest.mark.parametrize(("share", "status"), [(1, Status.NOT_APPLICABLE), (2, Status.PASSED)])
+def test_bfloat16_does_not_apply_where_nearly_all_hangs_on_near_ties(share: int, status: Status) -> None:
+    """There, more positions may than in float32; all of them say nothing about the model."""
+    evidence = clean()
+    half = evidence.references["initial", "bfloat16"]
+    assert isinstance(half, ReferenceRun)
+    moved = {s: 50.0 * (torch.arange(len(x)) % share == 0).float() for s, x in half.noise_max.items()}
+    half = replace(half, turn_max=moved, turn_mean=moved)
+    verdict = judge(
+        get("logits.bfloat16"), replace(evidence, references={**evidence.references, ("initial", "bfloat16"): half})
+    )
+    assert verdict.status is status, verdict
+
+
 def test_a_turn_that_is_not_finite_is_a_broken_reference() -> None:
     """Infinity would allow anything."""
     assert judge(get("logits.complete"), turning(math.inf)).status is Status.FAILED

@@ -13,6 +13,9 @@ from genmodel.conformance.catalogue import check
 from genmodel.conformance.verdict import Measurement, NotApplicable, row, violations
 from genmodel.runners.evidence import Evidence, Scores, Trace
 
+JUDGED = (Phase.PROMPT, Phase.FIRST, Phase.DECODE)
+"""Every position, once."""
+
 
 @check(needs=("reference", "plain"))
 def complete(evidence: Evidence) -> Iterator[Measurement]:
@@ -55,9 +58,12 @@ def resolution(evidence: Evidence) -> Iterator[Measurement]:
     Reports:
         #52158
     """
-    for aligned in _plain(evidence, *Phase):
-        yield from agreement.resolution(aligned, evidence.target.top_k)
-        yield from agreement.undecided(aligned)
+    known = reference(evidence)
+    for size in every_size(evidence, "plain"):
+        phases = [with_reference(known, rank_zero(evidence, "plain", size), phase) for phase in JUDGED]
+        for aligned in phases:
+            yield from agreement.resolution(aligned, evidence.target.top_k)
+        yield from agreement.undecided(phases)
 
 
 @check(needs=("reference", "plain"))
@@ -237,14 +243,13 @@ def bfloat16(evidence: Evidence) -> Iterator[Measurement]:
     """
     if evidence.target.dtype != "float32":
         raise NotApplicable(f"the whole run is in {evidence.target.dtype}")
-    for size in every_size(evidence, "bfloat16"):
-        trace = rank_zero(evidence, "bfloat16", size)
-        for phase in (Phase.PROMPT, Phase.FIRST, Phase.DECODE):
-            aligned = with_reference(reference_of(evidence, trace), trace, phase)
-            if any(not found.ok for found in agreement.undecided(aligned)):
-                raise NotApplicable("most positions hang on choices that rounding turns in bfloat16")
-            yield from agreement.max_difference(aligned)
-            yield from agreement.mean_difference(aligned)
+    traces = [rank_zero(evidence, "bfloat16", size) for size in every_size(evidence, "bfloat16")]
+    found = [[with_reference(reference_of(evidence, trace), trace, phase) for phase in JUDGED] for trace in traces]
+    if not all(share.ok for aligned in found for share in agreement.undecided(aligned)):
+        raise NotApplicable("nearly all positions hang on choices that rounding turns in bfloat16")
+    for aligned in (aligned for each in found for aligned in each):
+        yield from agreement.max_difference(aligned)
+        yield from agreement.mean_difference(aligned)
 
 
 def _plain(evidence: Evidence, *phases: Phase) -> Iterator[Aligned]:

@@ -14,6 +14,8 @@ from vllm.model_executor.models.bloom import BloomForCausalLM
 from vllm.model_executor.models.cohere2_moe import Cohere2MoeForCausalLM
 from vllm.model_executor.models.commandr import CohereForCausalLM
 from vllm.model_executor.models.ernie45_moe import Ernie4_5_MoeForCausalLM
+from vllm.model_executor.models.glm4_moe_lite import Glm4MoeLiteForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
 
 
 class Bloom(BloomForCausalLM):
@@ -53,6 +55,29 @@ class Cohere2(_NarrowerWindow, CohereForCausalLM):
 
 class Cohere2Moe(_NarrowerWindow, Cohere2MoeForCausalLM):
     """The same, of experts."""
+
+
+class Ministral3(MistralForCausalLM):
+    """With queries scaled by position as the config says in `rope_parameters`."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        rope = config.rope_parameters
+        config.llama_4_scaling = {
+            "beta": rope["llama_4_scaling_beta"],
+            "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        }
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+
+class Glm4MoeLite(Glm4MoeLiteForCausalLM):
+    """With 1e-6 for the epsilon of the norms inside attention, whatever the config says."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for name, module in self.named_modules():
+            if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
+                module.variance_epsilon = 1e-6
 
 
 class Ernie45Moe(Ernie4_5_MoeForCausalLM):

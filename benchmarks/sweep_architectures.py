@@ -44,6 +44,14 @@ CORRECTIONS = {
         "vLLM's sliding layers see sliding_window + 1 positions, transformers' one less",
     ),
     "Ernie4_5_MoeForCausalLM": ("Ernie45Moe", "vLLM's router for CPU leaves out the correction bias of the scores"),
+    "Glm4MoeLiteForCausalLM": (
+        "Glm4MoeLite",
+        "vLLM's norms inside attention have the config's epsilon, transformers' always 1e-6",
+    ),
+    "Ministral3ForCausalLM": (
+        "Ministral3",
+        "vLLM leaves out the scaling of queries by position, which it reads in Mistral's own format of a config only",
+    ),
 }
 """Why an architecture disagrees, and the class of architecture_corrections.py in which that is changed."""
 
@@ -91,7 +99,7 @@ def _judged(session: Session, option: TargetOptions, evidence: Evidence) -> dict
     (size,) = option.tensor_parallel_sizes
     for lacking in (evidence.inspection, evidence.traces.get(("plain", size)), evidence.reference):
         if isinstance(lacking, Failure):
-            return {"result": CANNOT, "why": f"{lacking.phase or lacking.scenario}: {lacking.message}"}
+            return {"result": CANNOT, "why": _reason(lacking)}
     checks = [c for c in catalogue.all_checks() if c.group == "logits" and c.needs <= SCENARIOS]
     verdicts = [catalogue.judge(check, evidence) for check in checks]
     wrong = [v for v in verdicts if v.status in (Status.FAILED, Status.ERROR)]
@@ -104,6 +112,13 @@ def _judged(session: Session, option: TargetOptions, evidence: Evidence) -> dict
     diagnosis = Diagnosis(lambda scenario, tp, focus: session.diagnose(option, scenario, tp, focus))
     said = diagnosis.of(catalogue.get("logits.values"), _values(verdicts)).diagnosis
     return {"result": DISAGREES, **numbers, "failed": [v.check for v in wrong], "why": said}
+
+
+def _reason(lacking: Failure) -> str:
+    """What a failure says, and of a bare assertion which one."""
+    asserted = [line.strip() for line in lacking.details.splitlines() if line.strip().startswith("assert ")]
+    bare = asserted[-1] if asserted and lacking.message.strip().endswith("AssertionError:") else ""
+    return f"{lacking.phase or lacking.scenario}: {lacking.message} {bare}".strip()
 
 
 def _explained(session: Session, option: TargetOptions) -> str:

@@ -54,7 +54,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 256),
     "vocab_size": 331,  # prime: divisible neither by the padding unit nor by any number of ranks
     "sliding_window": 48,  # shorter than the long prompts
-    "attention_chunk_size": 48,
+    "attention_chunk_size": 64,
     "first_k_dense_replace": 1,
     "q_lora_rank": 48,
     "kv_lora_rank": 512,  # with the rotary part, the one latent size of vLLM's MLA kernels
@@ -68,6 +68,8 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 32),
     **dict.fromkeys(("mamba_n_groups", "n_groups", "mamba_ngroups"), 2),
     "mamba_d_ssm": 256,
+    "attention_hidden_size": 256,
+    "attention_head_dim": 64,
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 32),
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
@@ -112,7 +114,13 @@ SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 POSITIONS = {"max_position_embeddings", "n_positions", "max_seq_len"}
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid"},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
+    "hy_v3": {"first_k_dense_replace": 1},
+    "lfm2": {"block_dim": 128, "conv_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_hidden_layers": 4},
+    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+    "minimax_m2": {"rotary_dim": 16},
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
     "deepseek_v2": {"n_group": 1, "topk_group": 1},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }
@@ -226,7 +234,7 @@ def tiny_config(model_class: Any) -> dict[str, Any]:
     kind = config_class(model_class)
     try:
         defaults = kind().to_dict()
-        changes = _shrunk(defaults, kind.attribute_map)
+        changes = _shrunk(defaults, kind.attribute_map) | PUBLISHED.get(kind.model_type, {})
         found: dict[str, Any] = kind(**changes).to_dict()
     except Exception as error:  # noqa: BLE001 - a configuration class may refuse in any way
         raise Unusable(
@@ -236,7 +244,8 @@ def tiny_config(model_class: Any) -> dict[str, Any]:
     for nested in (value for value in found.values() if isinstance(value, dict) and "model_type" in value):
         for name in _NOT_A_SETTING & nested.keys():  # which the class would refuse to read again
             del nested[name]
-    found |= PUBLISHED.get(kind.model_type, {})
+    if "kv_lora_rank" not in found and found.get("head_dim") is None:
+        found["head_dim"] = SIZES["head_dim"]  # what it is anyway; vLLM reads it of some that do not say
     if not POSITIONS & found.keys():
         found["max_position_embeddings"] = SIZES["max_position_embeddings"]  # vLLM would take 2048
     return found
@@ -254,7 +263,11 @@ def _shrunk(defaults: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str
     if layers_name is not None:
         changes[layers_name] = layers
     for name, value in defaults.items():
-        changes |= _small(name, value)
+        by_layer = isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
+        if by_layer and name != "id2label":
+            changes[name] = {key: inner for key, inner in value.items() if int(key) < layers}
+        else:
+            changes |= _small(name, value)
     if "kv_lora_rank" in defaults:  # all heads share one latent, and what has a head's size is the rotary part
         multi_head_latent = {"num_key_value_heads": SIZES["num_attention_heads"], "head_dim": SIZES["qk_rope_head_dim"]}
         changes |= {name: value for name, value in multi_head_latent.items() if name in changes}

@@ -15,6 +15,8 @@ from vllm.model_executor.models.cohere2_moe import Cohere2MoeForCausalLM
 from vllm.model_executor.models.commandr import CohereForCausalLM
 from vllm.model_executor.models.ernie45_moe import Ernie4_5_MoeForCausalLM
 from vllm.model_executor.models.glm4_moe_lite import Glm4MoeLiteForCausalLM
+from vllm.model_executor.models.llama4 import Llama4ForCausalLM
+from vllm.model_executor.models.minicpm3 import MiniCPM3ForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 
 
@@ -70,7 +72,17 @@ class Ministral3(MistralForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
 
-class Glm4MoeLite(Glm4MoeLiteForCausalLM):
+class Llama4(Llama4ForCausalLM):
+    """With the attention temperature that the config asks for, at any length."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for module in self.modules():
+            if type(module).__name__ == "Llama4Attention":
+                module.attn_temperature_tuning = module.nope
+
+
+class _SmallerEpsilon(nn.Module):
     """With 1e-6 for the epsilon of the norms inside attention, whatever the config says."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -78,6 +90,14 @@ class Glm4MoeLite(Glm4MoeLiteForCausalLM):
         for name, module in self.named_modules():
             if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
                 module.variance_epsilon = 1e-6
+
+
+class Glm4MoeLite(_SmallerEpsilon, Glm4MoeLiteForCausalLM):
+    """GLM 4.7 Flash, so."""
+
+
+class MiniCPM3(_SmallerEpsilon, MiniCPM3ForCausalLM):
+    """The same, as MiniCPM's own code has it too."""
 
 
 class Ernie45Moe(Ernie4_5_MoeForCausalLM):

@@ -48,6 +48,14 @@ CORRECTIONS = {
         "Glm4MoeLite",
         "vLLM's norms inside attention have the config's epsilon, transformers' always 1e-6",
     ),
+    "Llama4ForCausalLM": (
+        "Llama4",
+        "vLLM tunes the temperature of attention only for lengths above 32768, whatever the config says",
+    ),
+    "MiniCPM3ForCausalLM": (
+        "MiniCPM3",
+        "vLLM's norms inside attention have the config's epsilon, transformers' always 1e-6",
+    ),
     "Ministral3ForCausalLM": (
         "Ministral3",
         "vLLM leaves out the scaling of queries by position, which it reads in Mistral's own format of a config only",

@@ -445,14 +445,24 @@ def adversarial_checkpoint(model_class: Any, directory: Path, seed: int) -> dict
         return checkpoint.read_weights(Path(saved))
 
 
-_ARRANGED_OTHERWISE = {"experts", "query_key_value", "qkv_proj", "c_attn", "Wqkv", "gate_up_proj"}
+_ARRANGED_OTHERWISE = {
+    "embed_tokens",
+    "router",
+    "experts",
+    "query_key_value",
+    "qkv_proj",
+    "c_attn",
+    "Wqkv",
+    "gate_up_proj",
+}
 
 
 def comparable(record: ModuleRecord) -> ModuleRecord:
     """What of a record of such a class can be compared with vLLM's modules of the same names.
 
     Not what goes into them, for the two pass arguments in different orders; not what attention and whole layers give,
-    for one may have added the residual and the other pass it on; not the experts, to which vLLM adds shared ones; not
+    for one may have added the residual and the other pass it on; not embeddings and routers, of which one scales its
+    output and the other leaves that to its caller; not the experts, to which vLLM adds shared ones; not
     fused projections, in which the two order the heads differently; and not the activation of a gated MLP, which vLLM
     multiplies in the same go.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -422,3 +423,25 @@ def test_an_architecture_through_the_plugin(tmp_path: Path) -> None:
     assert "reference: independent: transformers:LlamaForCausalLM (transformers" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert "LlamaForCausalLM" in json.dumps(report)
+
+
+def test_the_table_of_architectures() -> None:
+    """What the sweep found, by tensor-parallel size, and with which versions."""
+    path = Path(__file__).parents[1] / "benchmarks" / "sweep_architectures.py"
+    spec = importlib.util.spec_from_file_location("sweep_architectures", path)
+    assert spec is not None
+    assert spec.loader is not None
+    sweep = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sweep)
+    environment = {"vllm": "0.1", "transformers": "5.0", "torch": "2.0"}
+    right = {"result": "agrees", "measured": 1e-5, "allowed": 3e-5, "seconds": 2.0, "environment": environment}
+    wrong = right | {"result": "disagrees", "measured": 1.0, "why": "First | to\ndiffer"}
+    absent = {"result": "cannot run here", "why": "no kernel", "seconds": 0.1}
+    results = {"A": {"1": right, "2": wrong}, "B": {"1": absent}}
+    lines = list(sweep._lines(results, {"A": "vllm", "B": "transformers", "C": "vllm"}, 2))
+    assert "with vLLM 0.1, transformers 5.0, torch 2.0. Of the 3 architectures" in lines[2]
+    assert lines.index("## TP=1") < lines.index("## TP=2")
+    assert "1 agree, 0 disagree, 1 cannot run here; median 2.0 s each." in lines
+    assert "| A | vllm | agrees | 1.0e-05 | 3.0e-05 |  |" in lines
+    assert "| B | transformers | cannot run here |  |  | no kernel |" in lines
+    assert "| A | vllm | disagrees | 1.0e+00 | 3.0e-05 | First / to differ |" in lines

@@ -286,6 +286,12 @@ def _require_reference(run: ReferenceRun) -> None:
         for noise in (run.noise_max[sequence], run.noise_mean[sequence]):
             _require_tensor("reference noise", noise, "float32", 1)
             _require(len(noise) == len(logits), "the reference's noise floor is for other positions than its logits")
+    for sequence, turn in (*run.turn_max.items(), *run.turn_mean.items()):
+        _require_tensor("reference turn", turn, "float32", 1)
+        _require(
+            sequence in run.logits and len(turn) == len(run.logits[sequence]),
+            "the reference's turns are for other positions than its logits",
+        )
     turned = run.turn_max.keys()
     _require(turned == run.turn_mean.keys() and turned <= run.logits.keys(), "turns of sequences without logits")
     for sequence in turned:

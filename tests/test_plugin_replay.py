@@ -43,7 +43,7 @@ def test_a_replay_ends_as_the_run_did_and_runs_nothing(run: Run) -> None:
     assert first.ret == second.ret == 1
     assert first.parseoutcomes() == second.parseoutcomes()
     assert Path("hosts.log").read_text() == log
-    first.stdout.fnmatch_lines(["genmodel: saved the evidence of models:wrong in *saved"])
+    first.stdout.fnmatch_lines(["genmodel: wrote *first.json, *saved"])
     for name in ("models:right", "models:wrong"):
         assert verdicts("first.json", name) == verdicts("second.json", name)
 

@@ -191,10 +191,7 @@ class RecordingSession:
     def __init__(self, _: Any, progress: Any) -> None:
         progress("started")
 
-    def __enter__(self) -> RecordingSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         pass
 
     def collect(self, options: Any, scenarios: Any) -> Evidence:

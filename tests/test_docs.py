@@ -1,0 +1,168 @@
+"""The documentation is true: its generated pages are current, its code runs, and what it says to do can be done."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from genmodel.conformance.catalogue import GROUPS, all_checks, get, judge
+from genmodel.conformance.verdict import Status
+from genmodel.runners.session import Session, TargetOptions
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+IDS = {check.id for check in all_checks()}
+
+BLOCK = re.compile(
+    r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+)
+
+
+def blocks(page: str, language: str = "python") -> list[tuple[str, str]]:
+    """(title, code) of a page's blocks in a language."""
+    found = BLOCK.finditer((DOCS / page).read_text())
+    return [(block["title"] or "", block["code"]) for block in found if block["language"] == language]
+
+
+def titled(page: str, language: str = "python") -> dict[str, str]:
+    return {title: code for title, code in blocks(page, language) if title}
+
+
+# --- generated pages -----------------------------------------------------------------------------------------------
+
+
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference_pages", ROOT / "tools/reference_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("page", "write"), [("checks.md", "checks_page"), ("options.md", "options_page")])
+def test_generated_pages_are_current(page: str, write: str) -> None:
+    """If this fails: python tools/reference_pages.py."""
+    assert (DOCS / page).read_text() == getattr(tool(), write)()
+
+
+# --- what is said of checks ----------------------------------------------------------------------------------------
+
+
+def test_every_check_enforces_a_rule_of_the_interface() -> None:
+    """And every rule that names a check names one there is."""
+    assert set(re.findall(r"\(checks\.md#([\w.]+)\)", (DOCS / "interface.md").read_text())) == IDS
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
+def test_every_check_that_is_named_exists(path: Path) -> None:
+    """In prose and in the screens of runs; the page on extending adds one of its own."""
+    ids = set(re.findall(rf"(?<![\w./])(?:{'|'.join(GROUPS)})\.[a-z]\w*(?![\w(./])", path.read_text()))
+    files = {name for name in ids if name.endswith((".py", ".md"))}
+    assert ids - files - IDS <= ({"scheduling.queueing"} if path.name == "extending.md" else set())
+
+
+# --- code ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["parallel-layers.md", "registration.md", "references.md"])
+def test_the_code_of_a_guide_runs(page: str, tmp_path: Path) -> None:
+    """Block after block in one file; a block that starts an engine has no checkpoint here, and is only compiled."""
+    code = [code for _, code in blocks(page)]
+    for block in code:
+        compile(block, page, "exec")
+    (tmp_path / "guide.py").write_text("\n".join(block for block in code if "LLM(" not in block))
+    done = subprocess.run([sys.executable, "guide.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def changed(code: str, diff: str) -> str:
+    """The code with one change made, at the only place that is as the diff says."""
+    lines = [(line[:1], line[1:]) for line in diff.splitlines(keepends=True)]
+    old = "".join(text or "\n" for sign, text in lines if sign != "+")
+    new = "".join(text or "\n" for sign, text in lines if sign != "-")
+    assert code.count(old) == 1, diff
+    return code.replace(old, new)
+
+
+def fixed(code: str) -> str:
+    """The tutorial's model with the change that its diff makes."""
+    ((_, diff),) = blocks("tutorial.md", "diff")
+    return changed(code, diff)
+
+
+def test_the_tutorial_s_model_fails_and_then_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of the tutorial as they stand there, in real engines: what it shows red is red, and green is green."""
+    files = titled("tutorial.md")
+    model = files["tiny/model.py"]
+    for path, code in {**files, "tiny/first.py": model, "tiny/model.py": fixed(model)}.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    reference = "tiny.reference:factory"
+    first = TargetOptions(spec="tiny.first:factory", reference=reference, tensor_parallel_sizes=(1,))
+    final = TargetOptions(spec="tiny.model:factory", reference=reference)
+    wrong = ["gradients.packed_sequences", "scheduling.chunked_prefill"]
+    right = [*wrong, "gradients.numeric", "logits.values", "logits.tensor_parallel", "logits.batching"]
+    with Session([first, final]) as session:
+        statuses = {
+            (options.spec, name): judge(get(name), session.collect(options, get(name).needs)).status
+            for options, names in ((first, wrong), (final, right))
+            for name in names
+        }
+    expected = {(first.spec, name): Status.FAILED for name in wrong}
+    assert statuses == expected | {(final.spec, name): Status.PASSED for name in right}
+
+
+def test_the_readme_has_the_tutorial_s_model() -> None:
+    """So that it is run too."""
+    found = re.search(r"```python\n# my_pkg/model\.py\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found is not None
+    assert found[1] == fixed(titled("tutorial.md")["tiny/model.py"])
+
+
+# --- adding a check, a scenario, a mutant --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the tree with the blocks of docs/extending.md applied."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("src", "conformance", "fixtures", "modeling", "reference_models", "runners", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=ignore)
+    for file in ("pyproject.toml", "conftest.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    for path, code in blocks("extending.md"):
+        (tmp_path / path).write_text(f"{(tmp_path / path).read_text()}\n\n{code}")
+    for path, diff in blocks("extending.md", "diff"):
+        (tmp_path / path).write_text(changed((tmp_path / path).read_text(), diff))
+    return tmp_path
+
+
+def test_a_check_a_scenario_and_a_mutant_can_be_added_as_documented(tree: Path) -> None:
+    """The page's own command, in real engines: the check fails the mutant and passes the model that is right."""
+    (command,) = (code for _, code in blocks("extending.md", "sh"))
+    arguments = command.replace("\\\n", " ").partition("-m pytest ")[2]
+    done = subprocess.run(
+        f"{sys.executable} -m pytest -p no:cacheprovider -rA {arguments}",
+        shell=True,
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tree / "src"), str(tree / "tests")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.findall(r"^PASSED (\S+)", done.stdout, re.MULTILINE)
+    assert "tests/test_mutants.py::test_mutant_is_caught[two_rows_swapped]" in passed
+    assert "genmodel/scheduling.queueing[genmodel.reference_models.dense:factory]" in passed
+    assert "tests/test_conformance_checks.py::test_corrupted_evidence_fails[scheduling.queueing-shifted]" in passed

@@ -13,8 +13,10 @@ from types import ModuleType
 
 import pytest
 
+import genmodel
 from genmodel.conformance.catalogue import GROUPS, all_checks, get, judge
 from genmodel.conformance.verdict import Status
+from genmodel.runners.scenarios import SCENARIOS
 from genmodel.runners.session import Session, TargetOptions
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +71,18 @@ def test_every_check_that_is_named_exists(path: Path) -> None:
     ids = set(re.findall(rf"(?<![\w./])(?:{'|'.join(GROUPS)})\.[a-z]\w*(?![\w(./])", path.read_text()))
     files = {name for name in ids if name.endswith((".py", ".md"))}
     assert ids - files - IDS <= ({"scheduling.queueing"} if path.name == "extending.md" else set())
+
+
+def test_every_scenario_is_described_once() -> None:
+    """And nothing is that is no scenario."""
+    described = re.findall(r"^\| `(\w+)` \|", (DOCS / "scenarios.md").read_text(), re.MULTILINE)
+    assert sorted(described) == sorted(SCENARIOS)
+
+
+def test_every_public_name_is_in_the_api_reference() -> None:
+    """Under the module it lives in, where mkdocstrings finds it."""
+    pages = "".join(path.read_text() for path in (DOCS / "api").glob("*.md"))
+    assert [n for n, home in genmodel._HOME.items() if f"::: {home}.{n}\n" not in pages] == []
 
 
 # --- code ----------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def _check_lines(check: Check) -> Iterator[str]:
     yield check.claim
     yield ""
     size = f", at a tensor-parallel size of {check.tensor_parallel} or more" if check.tensor_parallel > 1 else ""
-    yield f"*{check.level.value.capitalize()}{size}. Judged on: {', '.join(sorted(check.needs))}.*"
+    yield f"*{check.level.value.capitalize()}{size}. Judged on [{', '.join(sorted(check.needs))}](scenarios.md).*"
     yield from ("", "**Usual causes**", "", check.causes, "", "**How to fix**", "", *_with_fences(check.fix))
     if check.reports:
         yield from ("", f"**Seen in** {', '.join(map(_report, check.reports))}")

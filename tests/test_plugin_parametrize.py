@@ -34,6 +34,7 @@ FILE = """
 @pytest.fixture(autouse=True)
 def _plugin_for_subprocesses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # this may itself run in one
 
 
 def run(pytester: pytest.Pytester, arguments: str, *options: str) -> pytest.RunResult:

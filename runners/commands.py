@@ -44,7 +44,7 @@ from genmodel.runners.evidence import (
     WeightAudit,
 )
 from genmodel.runners.protocol import Spec, Unusable
-from genmodel.runners.scenarios import DEPLOYED, ENGINE_SCENARIOS, IN_PROCESS_OPTIONS, Plan
+from genmodel.runners.scenarios import DEPLOYED, ENGINE_SCENARIOS, IN_PROCESS_OPTIONS, Plan, reads_cache
 
 _vllm.keep_imports_frozen()
 
@@ -324,7 +324,12 @@ def generate(
     of the engine before.
     """
     launcher = {"distributed_executor_backend": "external_launcher"} if tensor_parallel_size > 1 else {}
-    common = {"max_model_len": plan.max_model_len, "kv_cache_memory_bytes": plan.kv_cache_bytes}
+    common = {
+        "max_model_len": plan.max_model_len,
+        "kv_cache_memory_bytes": plan.kv_cache_bytes,
+        # Not where no scenario reads it: state-space models take another path with it, which vLLM lacks on CPU.
+        "enable_prefix_caching": any(reads_cache(ENGINE_SCENARIOS[name]) for name in scenarios),
+    }
     traces: dict[str, list[Trace]] = {}
     llm, running = None, None
     for scenario, port in zip((ENGINE_SCENARIOS[name] for name in scenarios), ports, strict=True):

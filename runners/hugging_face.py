@@ -244,7 +244,8 @@ def tiny_config(model_class: Any) -> dict[str, Any]:
     for nested in (value for value in found.values() if isinstance(value, dict) and "model_type" in value):
         for name in _NOT_A_SETTING & nested.keys():  # which the class would refuse to read again
             del nested[name]
-    if "kv_lora_rank" not in found and found.get("head_dim") is None:
+    computed = isinstance(getattr(kind, "head_dim", None), property)
+    if "kv_lora_rank" not in found and found.get("head_dim") is None and not computed:
         found["head_dim"] = SIZES["head_dim"]  # what it is anyway; vLLM reads it of some that do not say
     if not POSITIONS & found.keys():
         found["max_position_embeddings"] = SIZES["max_position_embeddings"]  # vLLM would take 2048

@@ -24,7 +24,6 @@ IN_PROCESS_OPTIONS: dict[str, Any] = {
     "max_num_seqs": 16,
     "max_num_batched_tokens": LONGEST,  # a whole prompt in one step: chunking is a scenario of its own
     "block_size": BLOCK_SIZE,
-    "enable_prefix_caching": True,  # and read by the requests whose prompts are not scored, if there is anything in it
 }
 """Engine options of every in-process scenario, unless it says otherwise."""
 
@@ -146,6 +145,11 @@ def _few(plan: Plan) -> Batches:
     named = _named(plan, "short", "long_prefix_a", "long_prefix_b", "block_filling")
     few = [replace(request, max_tokens=min(8, request.max_tokens)) for request in named]
     return [few, [_again(request) for request in few]]
+
+
+def reads_cache(scenario: Scenario) -> bool:
+    """Whether some of its requests read vLLM's prefix cache, which those whose prompts are scored do not."""
+    return any(not through.score_prompt for through in scenario.passes)
 
 
 def _ranks_unproven(trace: Trace) -> str:

@@ -129,6 +129,7 @@ def test_a_name_map_that_cannot_be_read(tmp_path: Path, text: str | None, messag
         ("MixtralForCausalLM", {"num_local_experts": 8, "num_experts_per_tok": 2}),
         ("Gemma2ForCausalLM", {"attn_logit_softcapping": 8.0, "sliding_window": 48}),
         ("GraniteForCausalLM", {"residual_multiplier": 0.75}),
+        ("FalconForCausalLM", {"num_attention_heads": 4}),
         ("Gemma3ForCausalLM", {"num_hidden_layers": 6, "head_dim": 32}),
     ],
 )
@@ -137,6 +138,7 @@ def test_a_tiny_configuration(name: str, expected: dict[str, Any]) -> None:
     found = hugging_face.tiny_config(hugging_face.resolve(f"transformers:{name}", None, None))
     assert {key: found[key] for key in expected} == expected
     assert found["vocab_size"] == 331
+    assert transformers.CONFIG_MAPPING[found["model_type"]](**found).vocab_size == 331
     assert all(0 <= found[key] < 331 for key in found if key.endswith("_token_id") and found[key] is not None)
 
 

@@ -443,7 +443,7 @@ def test_the_table_of_architectures() -> None:
     lines = list(sweep._lines(results, {"A": "vllm", "B": "transformers", "C": "vllm"}, 2))
     assert "with vLLM 0.1, transformers 5.0, torch 2.0. Of the 3 architectures" in lines[2]
     assert lines.index("## TP=1") < lines.index("## TP=2")
-    assert "1 agree, 0 disagree, 1 cannot run here; median 2.0 s each." in lines
+    assert "Of 2 tried, 1 agree, 0 disagree, 1 cannot run here; median 2.0 s each." in lines
     assert "| A | vllm | agrees | 1.0e-05 | 3.0e-05 |  |" in lines
     assert "| B | transformers | cannot run here |  |  | no kernel |" in lines
     assert "| A | vllm | disagrees | 1.0e+00 | 3.0e-05 | First / to differ |" in lines

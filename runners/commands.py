@@ -278,7 +278,7 @@ def audit_weights(
 ) -> WeightAudit:
     """What this rank of vLLM's workers loads of the coded checkpoint."""
     state.register(spec)
-    _take_rank(state, tensor_parallel_size, port)
+    _take_rank(state, spec, tensor_parallel_size, port)
     with state.phase("loading the coded checkpoint"):
         return weights_audit.audit(
             spec.directory, codes, tensor_parallel_size=tensor_parallel_size, rank=state.rank, probe=probe
@@ -286,7 +286,7 @@ def audit_weights(
 
 
 def parallel_gradients_of(
-    state: State, spec: Spec, codes: Mapping[str, CodedTensor], tensor_parallel_size: int
+    state: State, spec: Spec, codes: Mapping[str, CodedTensor], tensor_parallel_size: int, port: int
 ) -> RankGradients:
     """Train the target standalone as one rank of a group, in float64."""
     target = state.target(spec)
@@ -298,19 +298,19 @@ def parallel_gradients_of(
             codes,
             tensor_parallel_size=tensor_parallel_size,
             rank=state.rank,
-            rendezvous=f"file://{spec.directory}/rendezvous{tensor_parallel_size}",
+            rendezvous=f"tcp://{spec.address}:{port}",
             seed=spec.seed,
         )
 
 
-def _take_rank(state: State, tensor_parallel_size: int, port: int) -> None:
+def _take_rank(state: State, spec: Spec, tensor_parallel_size: int, port: int) -> None:
     """Let vLLM in this process be this rank of so many, as an external launcher would."""
     rank = str(state.rank if tensor_parallel_size > 1 else 0)
     os.environ.update(
         RANK=rank,
-        LOCAL_RANK=rank,
+        LOCAL_RANK=os.environ.get("GENMODEL_LOCAL_RANK", rank),
         WORLD_SIZE=str(tensor_parallel_size),
-        MASTER_ADDR="127.0.0.1",
+        MASTER_ADDR=spec.address,
         MASTER_PORT=str(port),
     )
 
@@ -336,7 +336,7 @@ def generate(
         options = {**IN_PROCESS_OPTIONS, **common, **launcher, **scenario.options(plan)}
         if options != running:
             state.stop_engine()
-            _take_rank(state, tensor_parallel_size, port)
+            _take_rank(state, spec, tensor_parallel_size, port)
             llm, running = state.start_engine(spec, tensor_parallel_size=tensor_parallel_size, **options), options
         assert llm is not None
         llm.reset_prefix_cache()  # of the scenario before

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from genmodel.runners.evidence import Failure
 from genmodel.runners.launcher import HostProcess, Launcher
 from genmodel.runners.leftovers import PATIENCE, end_group, segments, sweep
+from genmodel.runners.ports import free_ports
 from genmodel.runners.protocol import Command
 
 IMPORT_DEADLINE = 240.0
@@ -70,6 +71,27 @@ class Pool:
     def size(self) -> int:
         """Number of ranks."""
         return len(self._hosts)
+
+    @property
+    def deployable(self) -> int:
+        """How many ranks a default engine can have."""
+        return self.size
+
+    @property
+    def address(self) -> str:
+        """Where ranks meet."""
+        return "127.0.0.1"
+
+    def free_ports(self, count: int) -> list[int]:
+        """Ports that nobody uses."""
+        return free_ports(count)
+
+    def kill(self, rank: int) -> None:
+        """Kill a host whose command another thread waits for."""
+        host = self._hosts[rank]
+        if host is not None and host.process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(host.process.pid, signal.SIGKILL)
 
     def start(self) -> None:
         """Start what is not running; returns at once, while the hosts import."""

@@ -45,6 +45,8 @@ class Spec:
     reference: str | None
     names: str | Mapping[str, Any] | None = None
     """What translates the reference's parameter names, as `TargetOptions.names`."""
+    address: str = "127.0.0.1"
+    """Where the ranks of an engine meet."""
 
     @property
     def architecture(self) -> str | None:

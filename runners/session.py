@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 import re
-import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +16,7 @@ from genmodel.runners import machine
 from genmodel.runners.evidence import Evidence, Failure, Inspection, ModuleRun, Span, TargetInfo, Trace, WeightAudit
 from genmodel.runners.pool import Job, Pool, Result
 from genmodel.runners.protocol import Command, Spec
+from genmodel.runners.ray_pool import NoCluster, RayJob, RayPool
 from genmodel.runners.recorded import recorded_positions
 from genmodel.runners.scenarios import (
     ENGINE_SCENARIOS,
@@ -41,10 +39,6 @@ HOST_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-
-
-UNASSIGNED_PORTS = range(12_000, 32_000)
-"""Below those that Linux gives out for outgoing connections."""
 
 
 class UnusableTarget(Exception):
@@ -71,6 +65,8 @@ class TargetOptions:
     dtype: str = "float32"
     top_k: int = 10
     seed: int = 0
+    pool: str = "local"
+    """Where the hosts run: "local" or "ray", the same for all targets of a session."""
     target: object = None
     """The factory itself, for callers in Python that have no "module:attr"; None means `spec` names it."""
 
@@ -97,10 +93,11 @@ class Session:
     ) -> None:
         self._share = share
         self._many = len(options) > 1
+        self._kind = next((o.pool for o in options), "local")
         self._deadline = deadline
         self._size = max((max(o.tensor_parallel_sizes) for o in options), default=1)
         self._progress = progress
-        self._pool: Pool | None = None
+        self._pool: Pool | RayPool | None = None
         self._targets: dict[TargetOptions, _Target] = {}
         self._count = 0
         self._begun = time.perf_counter()
@@ -113,12 +110,16 @@ class Session:
         """
         if self._pool is not None:
             return
-        try:
-            share = machine.environment(self._size, self._share)
-        except machine.TooSmall as error:
-            raise UnusableTarget(str(error)) from None
-        self._pool = Pool(self._size, {**HOST_ENVIRONMENT, **share})
+        self._pool = self._made_pool()
         self._pool.start()
+
+    def _made_pool(self) -> Pool | RayPool:
+        try:
+            if self._kind == "ray":
+                return RayPool(self._size, {**HOST_ENVIRONMENT, "OMP_NUM_THREADS": "1"})
+            return Pool(self._size, {**HOST_ENVIRONMENT, **machine.environment(self._size, self._share)})
+        except (machine.TooSmall, NoCluster) as error:
+            raise UnusableTarget(str(error)) from None
 
     def resolve(self, options: TargetOptions) -> TargetInfo:
         """Import the target in a host.
@@ -189,7 +190,7 @@ class _Target:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Pool | RayPool,
         options: TargetOptions,
         number: int,
         deadline: float,
@@ -216,6 +217,7 @@ class _Target:
             seed=options.seed,
             reference=options.reference,
             names=options.names,
+            address=pool.address,
         )
         say("importing torch, vLLM and the target")
         self._weights = None if options.weights is None else str(options.weights.resolve())
@@ -275,7 +277,7 @@ class _Target:
             plan=drafted,
             tensor_parallel_size=size,
             recorded=scenario,
-            ports=_free_ports(1),
+            ports=self._pool.free_ports(1),
             positions=positions,
         )
         results = self._wait(self._pool.begin(command, range(size)), f"diagnosis of TP={size}")
@@ -312,13 +314,13 @@ class _Target:
 
     @property
     def _deployed_size(self) -> int:
-        return max(self._options.tensor_parallel_sizes)
+        return min(self._pool.deployable, max(self._options.tensor_parallel_sizes))
 
     def _run(self, inspection: Inspection, drafted: Plan, wanted: set[str]) -> None:
         """Everything but the reference, in an order that keeps all ranks busy."""
         engines = [name for name in ENGINE_SCENARIOS if name in wanted]
         sizes = self._options.tensor_parallel_sizes
-        deployed: Job | None = None
+        deployed: Job | RayJob | None = None
         if "deployed" in wanted and self._pool.size > 1:
             # The last rank is idle until the first engine that needs all of them.
             deployed = self._deploy(drafted, self._pool.size - 1)
@@ -355,12 +357,14 @@ class _Target:
         codes = self.evidence.coded_checkpoint
         if audited and codes:
             self._say(f"vLLM at TP={size}: loading a checkpoint in which every element has its number")
-            port = _free_ports(1)[0]
+            port = self._pool.free_ports(1)[0]
             audits = self._on_ranks("audit_weights", "weights", size, codes=codes, probe=size == 1, port=port)
             self.evidence.weights[size] = _proven(audits, size)
         if trained and codes:
             self._say(f"standalone training at TP={size}: gradients of every rank")
-            ranks = self._on_ranks("parallel_gradients_of", "parallel_gradients", size, codes=codes)
+            ranks = self._on_ranks(
+                "parallel_gradients_of", "parallel_gradients", size, codes=codes, port=self._pool.free_ports(1)[0]
+            )
             self.evidence.parallel_gradients[size] = ranks
 
     def _on_ranks(self, name: str, scenario: str, size: int, **arguments: Any) -> Any:
@@ -378,7 +382,7 @@ class _Target:
             plan=drafted,
             tensor_parallel_size=size,
             scenarios=names,
-            ports=_free_ports(len(names)),
+            ports=self._pool.free_ports(len(names)),
         )
         results = self._wait(self._pool.begin(command, range(size)), f"TP={size}")
         if len(names) > 1 and _first_failure(results) is not None:
@@ -388,7 +392,7 @@ class _Target:
         for name in names:
             self._keep(name, size, results, ENGINE_SCENARIOS[name].unproven)
 
-    def _deploy(self, drafted: Plan, rank: int) -> Job:
+    def _deploy(self, drafted: Plan, rank: int) -> Job | RayJob:
         size = self._deployed_size
         self._say(f"vLLM as deployed: LLM(tensor_parallel_size={size}), default executor and options")
         parallel = {"tensor_parallel_size": size}
@@ -446,7 +450,7 @@ class _Target:
             raise UnusableTarget(_explain(failure))
         return failure
 
-    def _wait(self, job: Job, what: str) -> dict[int, Result]:
+    def _wait(self, job: Job | RayJob, what: str) -> dict[int, Result]:
         results = job.wait(self._deadline)
         for rank, result in results.items():
             for phase, seconds in result.seconds.items():
@@ -485,18 +489,3 @@ def _explain(failure: Failure) -> str:
             "pip uninstall -y torchvision torchaudio torchcodec (vLLM does not need them for text models)"
         )
     return failure.message
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now, and which the kernel gives to nobody who asks for any port."""
-    ports = random.SystemRandom().sample(UNASSIGNED_PORTS, len(UNASSIGNED_PORTS))
-    return list(itertools.islice(filter(_free, ports), count))
-
-
-def _free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True

@@ -320,8 +320,8 @@ def _cluster() -> tuple[Any, bool]:
     importlib.import_module("ray.util.scheduling_strategies")
     if ray.is_initialized():
         return ray, False
-    address = os.environ.get("RAY_ADDRESS", "auto")
     try:
+        address = os.environ.get("RAY_ADDRESS") or _started_here()
         _call(address)  # Ray itself goes on trying for minutes, and then ends the process
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError) as error:
@@ -330,6 +330,12 @@ def _cluster() -> tuple[Any, bool]:
             f"--genmodel-pool=ray found no cluster ({reason}): ray start --head, or RAY_ADDRESS=host:port"
         ) from None
     return ray, True
+
+
+def _started_here() -> str:
+    """The address of the cluster that was started on this machine last."""
+    services: Any = importlib.import_module("ray._private.services")
+    return str(services.get_ray_address_from_environment("auto", None))
 
 
 def _call(address: str) -> None:

@@ -101,9 +101,11 @@ def test_more_ranks_than_the_cluster_has_room_for(address: str, monkeypatch: pyt
 
 def test_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line says how to start one."""
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(UnusableTarget, match=r"found no cluster .*ray start --head"), Session([OPTIONS]):
-        pass
+    monkeypatch.setattr(ray_pool, "_started_here", lambda: "127.0.0.1:2")
+    for address in ("127.0.0.1:1", ""):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UnusableTarget, match=r"found no cluster .*ray start --head"), Session([OPTIONS]):
+            pass
 
 
 def test_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:

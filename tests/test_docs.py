@@ -14,8 +14,9 @@ from types import ModuleType
 import pytest
 
 import genmodel
+from genmodel.conformance import text
 from genmodel.conformance.catalogue import GROUPS, all_checks, get, judge
-from genmodel.conformance.verdict import Status
+from genmodel.conformance.verdict import Measurement, Status, Verdict
 from genmodel.runners.scenarios import SCENARIOS
 from genmodel.runners.session import Session, TargetOptions
 
@@ -71,6 +72,32 @@ def test_every_check_that_is_named_exists(path: Path) -> None:
     ids = set(re.findall(rf"(?<![\w./])(?:{'|'.join(GROUPS)})\.[a-z]\w*(?![\w(./])", path.read_text()))
     files = {name for name in ids if name.endswith((".py", ".md"))}
     assert ids - files - IDS <= ({"scheduling.queueing"} if path.name == "extending.md" else set())
+
+
+SCREENS = [
+    pytest.param(found["check"], found["screen"], id=f"{path.name}-{found['check']}")
+    for path in PAGES
+    for found in re.finditer(
+        r"^_{3,} (?P<check>[\w.]+) of \S+ _{3,}\n(?P<screen>.*?)(?=^_{3,} |^={3,} |^\.\.\.$|^```$)",
+        path.read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+    if not found["screen"].startswith("As for ")
+]
+
+
+@pytest.mark.parametrize(("check_id", "screen"), SCREENS)
+def test_a_failure_that_is_shown_reads_as_it_would_today(check_id: str, screen: str) -> None:
+    """If this fails, the check's text has changed since: run what the page says to run, and show that."""
+    check = get(check_id)
+    broken = (Measurement(what="errors", where="TP=1", measured=1, allowed=0),)
+    verdict = Verdict(check=check_id, target="", level=check.level, status=Status.FAILED, measurements=broken)
+    claim, *_ = today = text.failure(verdict, check, "").split("\n\n")
+    assert screen.startswith(claim + "\n")
+    if "Usual causes" in screen:
+        advice = "\n\n".join(today[2:-1])
+        assert advice.startswith("Usual causes")
+        assert advice in screen
 
 
 def test_every_scenario_is_described_once() -> None:

@@ -17,6 +17,7 @@ import genmodel
 from genmodel.conformance import text
 from genmodel.conformance.catalogue import GROUPS, all_checks, get, judge
 from genmodel.conformance.verdict import Measurement, Status, Verdict
+from genmodel.fixtures.options import LIST_FLAG, OPTIONS, UPDATE_FLAG
 from genmodel.runners.scenarios import SCENARIOS
 from genmodel.runners.session import Session, TargetOptions
 
@@ -110,6 +111,22 @@ def test_every_public_name_is_in_the_api_reference() -> None:
     """Under the module it lives in, where mkdocstrings finds it."""
     pages = "".join(path.read_text() for path in (DOCS / "api").glob("*.md"))
     assert [n for n, home in genmodel._HOME.items() if f"::: {home}.{n}\n" not in pages] == []
+
+
+def test_every_option_that_is_named_exists() -> None:
+    named = {
+        flag for path in (ROOT / "README.md", *PAGES) for flag in re.findall(r"--genmodel[a-z-]*", path.read_text())
+    }
+    assert named <= {option.flag for option in OPTIONS} | {LIST_FLAG, UPDATE_FLAG}
+
+
+def test_the_readme_s_links_lead_somewhere() -> None:
+    """mkdocs looks after those between the pages."""
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)(?:#([^)]*))?\)", (ROOT / "README.md").read_text())
+    assert links
+    for path, anchor in links:
+        headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.MULTILINE)
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
 
 
 # --- code ----------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def _checks_lines() -> Iterator[str]:
 
 
 def _check_lines(check: Check) -> Iterator[str]:
-    yield from ("", f'### {check.id} {{ #{check.id} data-toc-label="{check.id.partition(".")[2]}" }}', "")
+    yield from _heading("###", check.id, check.id)
     yield check.claim
     yield ""
     size = f", at a tensor-parallel size of {check.tensor_parallel} or more" if check.tensor_parallel > 1 else ""
@@ -98,21 +98,21 @@ def _options_lines() -> Iterator[str]:
     for option in OPTIONS:
         yield from _option_lines(option)
     for flag, said in ((UPDATE_FLAG, UPDATE_HELP), (LIST_FLAG, LIST_HELP)):
-        yield from ("", f"## {flag} {{ #{flag.lstrip('-')} }}", "", _escaped(said))
+        yield from (*_heading("##", flag, flag.lstrip("-")), _escaped(said))
 
 
 def _option_lines(option: Option) -> Iterator[str]:
-    yield from (
-        "",
-        f"## {option.flag} {option.metavar} {{ #{option.flag.lstrip('-')} }}",
-        "",
-        _escaped(option.help),
-        "",
-    )
+    title = f"{option.flag} {option.metavar}"
+    yield from (*_heading("##", title, option.flag.lstrip("-")), _escaped(option.help), "")
     facts = [f"Default: `{option.default}`"] if option.default is not None else []
     facts += [f"Ini: `{option.name}`"] if option.ini else []
     if facts:
         yield ". ".join(facts) + "."
+
+
+def _heading(level: str, title: str, anchor: str) -> tuple[str, ...]:
+    """A heading under an anchor of ours, which works on the site and wherever else Markdown is shown."""
+    return ("", f'<a id="{anchor}"></a>', "", f"{level} {title}", "")
 
 
 def _escaped(text: str) -> str:

@@ -24,6 +24,7 @@ def check_model(
     tp: Sequence[int] = (1, 2),
     dtype: str = "float32",
     top_k: int = 10,
+    timeout: float | None = None,
     level: Level = Level.RECOMMENDED,
     checks: Collection[str] | None = None,
     save_evidence: str | Path | None = None,
@@ -45,6 +46,7 @@ def check_model(
         tp: tensor-parallel sizes of the engines.
         dtype: what the engines compute in.
         top_k: how many of the best tokens have to be in the reference's order.
+        timeout: seconds that any one phase of a scenario may take; None means 120, and more for large models.
         level: REQUIRED leaves recommended checks out.
         checks: ids such as "logits.values"; None means all of `level`.
         save_evidence: a directory to write what the scenarios gave into.
@@ -76,6 +78,7 @@ def check_model(
         tensor_parallel_sizes=tuple(tp),
         dtype=dtype,
         top_k=top_k,
+        timeout=timeout,
     )
     source = Session([options], progress) if replay is None else Replay(index(Path(replay)))
     with contextlib.closing(source) as session:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import platform
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -275,8 +276,6 @@ def supports_pipeline(model_class: type[nn.Module]) -> bool:
 @contextlib.contextmanager
 def native_world(config: VllmConfig) -> Iterator[None]:
     """Let vLLM's own layers be built and evaluated outside an engine, by default in a gloo world of one."""
-    import tempfile
-
     from vllm.config import set_current_vllm_config
     from vllm.forward_context import set_forward_context
     from vllm.platforms import current_platform
@@ -463,7 +462,9 @@ def _join_memory(self: Any) -> int:
     pids, threads, names = zip(*everyone, strict=True)
     key = pids, _kind(self.communicator)
     if key not in _MEMORY:
-        name, rank = f"genmodel_{names[0]}", self.communicator.rank
+        name, rank = f"vllm_dist_{names[0]}", self.communicator.rank
+        # As with vLLM's own, a file of that name tells of it, should this process not live to unlink it.
+        (Path(tempfile.gettempdir()) / name).touch()
         _MEMORY[key] = torch.ops._C.init_shm_manager(name, world_size, rank, min(threads))
         dist.barrier(group)
         torch.ops._C.join_shm_manager(_MEMORY[key], name)

@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -317,8 +317,8 @@ def _take_rank(state: State, spec: Spec, tensor_parallel_size: int, port: int) -
 
 def generate(
     state: State, spec: Spec, plan: Plan, tensor_parallel_size: int, scenarios: Sequence[str], ports: Sequence[int]
-) -> dict[str, list[Trace]]:
-    """Run scenarios through in-process engines, or through this rank of them; traces by scenario, one per pass.
+) -> Iterator[tuple[str, list[Trace]]]:
+    """Run scenarios through in-process engines, or through this rank of them; yields (scenario, a trace per pass).
 
     Every engine has a rendezvous port of its own: on a shared one, a rank that is ahead can meet the addresses
     of the engine before.
@@ -330,7 +330,6 @@ def generate(
         # Not where no scenario reads it: state-space models take another path with it, which vLLM lacks on CPU.
         "enable_prefix_caching": any(reads_cache(ENGINE_SCENARIOS[name]) for name in scenarios),
     }
-    traces: dict[str, list[Trace]] = {}
     llm, running = None, None
     for scenario, port in zip((ENGINE_SCENARIOS[name] for name in scenarios), ports, strict=True):
         options = {**IN_PROCESS_OPTIONS, **common, **launcher, **scenario.options(plan)}
@@ -340,14 +339,14 @@ def generate(
             llm, running = state.start_engine(spec, tensor_parallel_size=tensor_parallel_size, **options), options
         assert llm is not None
         llm.reset_prefix_cache()  # of the scenario before
-        traces[scenario.name] = []
+        traces: list[Trace] = []
         for through in scenario.passes:
             with state.phase(f"generating ({through.name})"):
                 if through.weights:
                     state.refit(spec, through.weights)
-                traces[scenario.name].append(engine.trace(llm, through, plan, rank=state.rank, weights=state.weights))
+                traces.append(engine.trace(llm, through, plan, rank=state.rank, weights=state.weights))
+        yield scenario.name, traces
     state.stop_engine()
-    return traces
 
 
 def deploy(state: State, spec: Spec, plan: Plan, kept_as: str, parallel: dict[str, int]) -> dict[str, list[Trace]]:
@@ -447,7 +446,7 @@ def record_modules(
     try:
         # The recorder reads the batches of the first of vLLM's two model runners.
         with engine.environment({"VLLM_USE_V2_MODEL_RUNNER": "0"}):
-            traces = generate(state, spec, plan, tensor_parallel_size, [recorded], ports)[recorded]
+            traces = dict(generate(state, spec, plan, tensor_parallel_size, [recorded], ports))[recorded]
     finally:
         state.recorder = None
     return traces[0].proof.dtype, recorder.record(traces, state.rank)

@@ -9,28 +9,38 @@ Light to import: the launcher does, which needs none of torch and vLLM.
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
+import fcntl
 import multiprocessing.process
 import os
+import select
 import signal
 import sys
+import tempfile
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from multiprocessing.popen_forkserver import Popen as _ForkServerPopen
 from multiprocessing.reduction import DupFd
+from pathlib import Path
 from typing import Any
 
+from genmodel.runners.leftovers import adopt_orphans, die_with_parent
 
-def die_with_parent() -> None:
-    """Let the kernel end this process when the one that started it dies, however it dies."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+FIRST_TO_GO = "500"
+"""Where memory runs out, the kernel takes hosts before pytest, an editor or a shell, which are at 0 (of 1000)."""
+_F_SETSIG = 10
+"""Linux's; the fcntl module has no name for it."""
 
 
 def serve(connection: Connection, settings: dict[str, Any]) -> None:
     """Be a host: `settings` are its rank, environment, working directory, sys.path and log file."""
     os.setpgid(0, 0)  # so that it and all it starts can be killed together
     die_with_parent()
+    adopt_orphans()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(FIRST_TO_GO)
+    _have_own_tracker()
     # To models a host is a main process, as with torchrun: some ask multiprocessing.parent_process().
     vars(multiprocessing.process)["_parent_process"] = None
     log = os.open(settings["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -44,6 +54,13 @@ def serve(connection: Connection, settings: dict[str, Any]) -> None:
     from genmodel.runners import host
 
     host.serve(connection, settings["rank"])
+
+
+def _have_own_tracker() -> None:
+    """Let what this process shares be unlinked when it dies, not when the launcher ends."""
+    tracker = vars(resource_tracker)["_resource_tracker"]
+    inherited, tracker._fd, tracker._pid = tracker._fd, None, None  # noqa: SLF001 - it starts one when it needs one
+    os.close(inherited)
 
 
 def fork_instead_of_spawn() -> None:
@@ -78,7 +95,7 @@ class ForkedProcess(SpawnProcess):
         """The target, as if in a process that this one's parent had spawned."""
         inherited = self.__dict__.pop("_inherited")
         os.setpgid(0, inherited["group"])
-        die_with_parent()
+        _die_with_starter()
         for number, duplicate in enumerate(inherited["output"], 1):
             descriptor = duplicate.detach()
             os.dup2(descriptor, number)
@@ -87,9 +104,25 @@ class ForkedProcess(SpawnProcess):
         super().run()
 
 
+def _die_with_starter() -> None:
+    """Let the kernel end this process with the one that asked for it, which is not its parent: that is the fork server.
+
+    The starter holds the other end of a pipe, and the signal that the kernel sends at its end can be chosen.
+    """
+    starter = multiprocessing.process.parent_process()
+    assert starter is not None
+    end = starter.sentinel
+    fcntl.fcntl(end, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(end, _F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(end, fcntl.F_SETFL, fcntl.fcntl(end, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([end], [], [], 0)[0]:  # it ended before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _replace_environment(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # the fork server's
     # The OpenMP runtime has read OMP_NUM_THREADS already, when the fork server loaded it.
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if "torch" in sys.modules and threads.isdecimal():

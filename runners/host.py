@@ -1,21 +1,25 @@
-"""A host: a long-lived process, one per rank, that imports torch and vLLM once and runs command after command.
+"""A host: a process, one per rank and target, that has torch and vLLM imported and runs command after command.
 
-Forked from a process that has done so (`genmodel.runners.launcher`), with one end of a socket pair. Everything
-the model prints goes to the host's log; what is sent back is data.
+Forked from a process that has imported them (`genmodel.runners.launcher`), with one end of a socket pair.
+Everything the model prints goes to the host's log; what is sent back is data.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import os
 import pickle
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 from genmodel.runners.protocol import Command, describe_failure
+
+LOST = 121
+"""Exit status of a host that can tell the pool nothing more."""
 
 
 class Phase:
@@ -56,9 +60,10 @@ def serve(connection: Connection, rank: int) -> None:
             command = connection.recv()
         except EOFError:
             return
-        if command is None:
-            return
-        connection.send(_run(commands, state, command, connection))
+        try:
+            connection.send(_run(commands, state, command, connection))
+        except OSError:
+            os._exit(LOST)
 
 
 def _run(commands: Any, state: Any, command: Command, connection: Connection) -> tuple[str, Any]:
@@ -66,8 +71,15 @@ def _run(commands: Any, state: Any, command: Command, connection: Connection) ->
     state.phase = phase
     try:
         result = getattr(commands, command.name)(state, **command.arguments)
-        # By value: multiprocessing would hand tensors over in shared memory, which dies with this process.
-        data = pickle.dumps((result, phase.seconds), pickle.HIGHEST_PROTOCOL)
+        if isinstance(result, Iterator):
+            for part in result:
+                connection.send(("part", _by_value(part)))
+            result = None
+        return "done", _by_value((result, phase.seconds))
     except BaseException as error:  # noqa: BLE001 - models also raise SystemExit and KeyboardInterrupt
         return "failed", describe_failure(error, command.scenario, state.rank, phase.current)
-    return "done", data
+
+
+def _by_value(answer: Any) -> bytes:
+    """Pickled here: multiprocessing would hand tensors over in shared memory, which dies with this process."""
+    return pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)

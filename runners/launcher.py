@@ -3,7 +3,9 @@
     pool ──► launcher ──► fork server ──fork──► hosts, and the processes of their default engines
 
 The launcher exists so that multiprocessing's fork server, of which a process has only one, is not that of
-pytest's process, whose environment, main module and own use of multiprocessing are the user's.
+pytest's process, whose environment, main module and own use of multiprocessing are the user's. And it is the one
+that cleans up: what descends from it stays its descendant, so that nothing a model has started outlives its
+host, and when pytest is gone, however it ended, all of it ends with the launcher, which removes what is left.
 """
 
 from __future__ import annotations
@@ -18,13 +20,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from multiprocessing import forkserver, reduction
+from multiprocessing import forkserver, reduction, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from genmodel.runners.forked import die_with_parent, serve
-from genmodel.runners.leftovers import end_group
+from genmodel.runners.forked import serve
+from genmodel.runners.leftovers import (
+    PATIENCE,
+    adopt_orphans,
+    descendants,
+    die_with_parent,
+    end,
+    group,
+    reap,
+    remove,
+)
 
 
 class HostProcess:
@@ -60,17 +71,20 @@ class Launcher:
 
     Args:
         environment: of the fork server, while it imports; hosts are told their own.
-        log: where the launcher and the fork server write, which do so only if something is wrong with them.
+        directory: of the pool. In it, launcher.log is where the launcher and the fork server write, which do so only
+            if something is wrong with them.
+        sockets: another, or the same, with a path so short that sockets can be in it. Both are removed when the
+            launcher is told to end or pytest is gone.
     """
 
-    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, environment: Mapping[str, str], directory: Path, sockets: Path) -> None:
         ours, theirs = socket.socketpair()
         self.connection = Connection(ours.detach())
         self._processes: dict[int, HostProcess] = {}
         self._numbers = itertools.count()
-        with log.open("ab") as output:
+        with (directory / "launcher.log").open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "genmodel.runners.launcher", str(theirs.fileno())],
+                [sys.executable, "-m", __name__, str(theirs.fileno()), str(directory), str(sockets)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -80,6 +94,7 @@ class Launcher:
                     **environment,
                     "OMP_NUM_THREADS": "1",  # a process with more threads than one must not fork
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "TMPDIR": str(sockets),  # which is where multiprocessing has them
                 },
             )
         theirs.close()
@@ -116,41 +131,84 @@ class Launcher:
             self._processes.clear()
 
     def close(self) -> None:
-        """End it, and the fork server; hosts that still run are killed."""
+        """End it and all that descends from it, and remove the directory."""
         self.connection.close()
-        end_group(self._process.pid)
+        self._process.terminate()
+        try:
+            self._process.wait(5 * PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def kill(self) -> None:
+        """End one that does not answer, and with it the fork server and its hosts; the directory stays."""
+        self.connection.close()
+        self._process.kill()
         self._process.wait()
 
 
 def main() -> None:
-    """Serve the pool until it is gone."""
-    die_with_parent()
+    """Serve the pool until it is gone, then clean up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    die_with_parent(signal.SIGTERM)
+    adopt_orphans()
     connection = Connection(int(sys.argv[1]))
     multiprocessing.set_forkserver_preload(["genmodel.runners.preloaded"])
-    forkserver.ensure_running()
+    try:
+        forkserver.ensure_running()
+        _serve(connection)
+    except (EOFError, ConnectionError, SystemExit):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _end_all()
+        for directory in sys.argv[2:]:
+            remove(Path(directory))
+    os._exit(0)  # multiprocessing would wait for hosts
+
+
+def _serve(connection: Connection) -> None:
     context = multiprocessing.get_context("forkserver")
     running: dict[int, tuple[int, Any]] = {}
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            for ready in wait([connection, *running]):
-                if ready is connection:
-                    number, settings = connection.recv()
-                    end = Connection(reduction.recv_handle(connection))
-                    process = context.Process(target=serve, args=(end, settings))
-                    try:
-                        process.start()
-                    except (EOFError, OSError):  # the fork server died, of its imports or by the kernel
-                        connection.send((number, None, -signal.SIGKILL))
-                    else:
-                        running[process.sentinel] = number, process
-                        connection.send((number, process.pid, None))
-                    end.close()
+    while True:
+        for ready in wait([connection, *running]):
+            if ready is connection:
+                number, settings = connection.recv()
+                host_end = Connection(reduction.recv_handle(connection))
+                process = context.Process(target=serve, args=(host_end, settings))
+                try:
+                    process.start()
+                except (EOFError, OSError):  # the fork server died, of its imports or by the kernel
+                    connection.send((number, None, -signal.SIGKILL))
                 else:
-                    assert isinstance(ready, int)
-                    number, process = running.pop(ready)
-                    process.join()
-                    connection.send((number, process.pid, process.exitcode))
-    os._exit(0)  # multiprocessing would wait for hosts
+                    running[process.sentinel] = number, process
+                    connection.send((number, process.pid, None))
+                host_end.close()
+            else:
+                assert isinstance(ready, int)
+                number, process = running.pop(ready)
+                process.join()
+                assert process.pid is not None
+                _end_survivors(process.pid)
+                connection.send((number, process.pid, process.exitcode))
+
+
+def _end_survivors(host: int) -> None:
+    """End what a dead host had started: its group, and what has left that, which came to this process instead."""
+    own = _own_processes()
+    end(lambda: group(host) | descendants(os.getpid(), spared=own))
+    reap(spared=own)
+
+
+def _end_all() -> None:
+    tracker = vars(resource_tracker)["_resource_tracker"]
+    if tracker._fd is not None:  # noqa: SLF001
+        os.close(tracker._fd)  # noqa: SLF001 - so that the tracker, when all others are gone, sees that it can go
+    end(lambda: descendants(os.getpid()))
+
+
+def _own_processes() -> set[int]:
+    """The fork server, whose children are the hosts that live, and its resource tracker."""
+    owners: tuple[Any, ...] = vars(forkserver)["_forkserver"], vars(resource_tracker)["_resource_tracker"]
+    return {getattr(owner, name, None) or 0 for owner in owners for name in ("_forkserver_pid", "_pid")}
 
 
 if __name__ == "__main__":

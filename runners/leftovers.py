@@ -1,72 +1,98 @@
-"""What killed processes would leave behind: their children, and vLLM's shared memory."""
+"""What killed processes would leave behind: those they had started, vLLM's shared memory, temporary files.
+
+Linux only, as vLLM is: processes are found in /proc, and who comes after whom is told by `adopt_orphans`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
-import re
+import shutil
 import signal
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 SEGMENTS = Path("/dev/shm")
 """Where POSIX shared memory lives on Linux."""
 PATIENCE = 2.0
 """Seconds that multiprocessing's resource trackers have to unlink what dead processes had shared."""
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def end_group(leader: int) -> None:
-    """Kill every process of a process group, but let its resource trackers finish their work first.
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Let the kernel send this process a signal when the one that started it dies, however it dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
-    A tracker unlinks the shared memory and semaphores of a process that can no longer do so itself.
+
+def adopt_orphans() -> None:
+    """Let whatever descends from this process stay its descendant, even a daemon in a session of its own."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end(find: Callable[[], Collection[int]]) -> None:
+    """Kill what `find` finds until it finds nothing, but let resource trackers finish their work first.
+
+    A tracker unlinks the shared memory and semaphores of processes that can no longer do so themselves.
     """
-    for pid in _members(leader):
-        if b"resource_tracker" not in _command_line(pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + PATIENCE
-    while any(_command_line(pid) for pid in _members(leader)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+    patient = time.monotonic() + PATIENCE
+    while (found := find()) and time.monotonic() < patient + PATIENCE:
+        for pid in found:
+            if time.monotonic() > patient or not _is_tracker(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
-def segments() -> frozenset[str]:
-    """Names of the shared memory segments there are now."""
-    return frozenset(path.name for path in SEGMENTS.iterdir()) if SEGMENTS.is_dir() else frozenset()
+def group(leader: int) -> set[int]:
+    """The living processes of a process group."""
+    return {pid for pid, (_, own) in _processes().items() if own == leader}
 
 
-def sweep(before: frozenset[str]) -> None:
-    """Unlink the segments of vLLM's CPU communicator that are new since `before` and mapped by nobody alive.
+def descendants(root: int, spared: Collection[int] = ()) -> set[int]:
+    """The living processes that `root` has started, and those these have; but for `spared`, and what they have."""
+    parents = {pid: parent for pid, (parent, _) in _processes().items() if pid not in spared}
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {root}
 
-    No tracker knows of them, and vLLM itself unlinks them only when it ends in peace.
+
+def reap(spared: Collection[int]) -> None:
+    """Forget the dead children of this process, but for those somebody else waits for."""
+    me = os.getpid()
+    for pid, (parent, _) in _processes(dead=True).items():
+        if parent == me and pid not in spared:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+
+def remove(directory: Path) -> None:
+    """Remove a host's temporary directory, and the shared memory of vLLM's communicators that it tells of.
+
+    vLLM names that after the rendezvous file, no tracker knows of it, and vLLM itself unlinks it only when it
+    ends in peace.
     """
-    new = {name for name in segments() - before if name.startswith("vllm_dist_")}
-    for name in new - _mapped() if new else ():
-        with contextlib.suppress(OSError):
-            (SEGMENTS / name).unlink()
+    for rendezvous in directory.glob("**/vllm_dist_*"):
+        for segment in SEGMENTS.glob(f"{rendezvous.name}*"):
+            segment.unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
-def _members(group: int) -> list[int]:
-    found = []
+def _processes(dead: bool = False) -> dict[int, tuple[int, int]]:
+    """(parent, process group) of everything that lives, or that is dead and not yet reaped."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
-            # After the command in brackets, which may hold anything: state, parent, process group.
-            if int(stat.read_text(errors="replace").rpartition(")")[2].split()[2]) == group:
-                found.append(int(stat.parent.name))
+            # After the command in brackets, which may hold anything.
+            state, parent, own, *_ = stat.read_text(errors="replace").rpartition(")")[2].split()
+            if (state in "ZX") == dead:
+                found[int(stat.parent.name)] = int(parent), int(own)
     return found
 
 
-def _command_line(pid: int) -> bytes:
-    """Empty for a process that is gone, or dead and not yet reaped."""
+def _is_tracker(pid: int) -> bool:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
-
-
-def _mapped() -> set[str]:
-    found: set[str] = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):  # the process ended, or is somebody else's
-            found.update(re.findall(rf"{SEGMENTS}/([^\s]+)", maps.read_text(errors="replace")))
-    return found
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
+import itertools
 import os
 import pickle
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -19,15 +20,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from genmodel.runners.evidence import Failure
+from genmodel.runners.host import LOST
 from genmodel.runners.launcher import HostProcess, Launcher
-from genmodel.runners.leftovers import PATIENCE, end_group, segments, sweep
+from genmodel.runners.leftovers import PATIENCE, remove
 from genmodel.runners.ports import free_ports
-from genmodel.runners.protocol import Command
+from genmodel.runners.protocol import NOT_THE_AUTHORS, Command
 
 IMPORT_DEADLINE = 240.0
 """Seconds a host may take to import torch and vLLM; a cold disk needs about 60."""
 GRACE = 5.0
 """Seconds the other ranks of a collective have, once one has failed, to answer by themselves."""
+LONGEST_PATH = 60
+"""Characters; a socket's address may have 107, of which vLLM takes 37 for a name and multiprocessing 32."""
+LONGEST_LOG = 64 << 20
+"""Bytes that a host may have written; what is older is forgotten, so that no model fills the disk by printing."""
+LONGEST_READ = 1 << 18
+"""Bytes of the log's end that are looked at."""
+SHOWN = 25
+"""Lines of a log, and of the model's own frames."""
 
 
 @dataclass(slots=True)
@@ -35,8 +45,14 @@ class _Host:
     process: HostProcess
     connection: Connection
     log: Path
+    directory: Path
+    """Of its temporary files, which go with it."""
+    target: str = ""
+    """Whose code has run in it; empty if none has yet."""
     log_start: int = 0
     """Where in the log the present command began."""
+    kills: int = 0
+    """How many processes the kernel had killed for lack of memory when the present command began."""
     ready: bool = False
     phase: str = "importing torch and vLLM"
     begun: float = field(default_factory=time.perf_counter)
@@ -47,25 +63,33 @@ class Result:
     """One rank's answer, or why there is none; `seconds` by phase."""
 
     value: Any
+    """Of a command that answers in parts, those it gave, by name, even if it failed after them."""
     failure: Failure | None
     seconds: Mapping[str, float]
 
 
 class Pool:
-    """`size` hosts with ranks 0 .. size-1; a rank whose host failed gets a new one at its next command.
+    """`size` hosts with ranks 0 .. size-1, each for one target: what a target leaves behind in a process ends with it.
+
+    A rank gets a new host at its next command if its host failed, or has run another target's code.
 
     Args:
         size: the largest tensor-parallel size that will be asked for.
         environment: additions to every host's environment.
+
+    Raises:
+        OSError: if there is no temporary directory, or no room in it.
     """
 
     def __init__(self, size: int, environment: Mapping[str, str] = {}) -> None:
         self._environment = dict(environment)
-        self.directory = Path(tempfile.mkdtemp(prefix="genmodel-"))
+        self.directory = self._sockets = Path(tempfile.mkdtemp(prefix="genmodel-"))
+        if len(str(self.directory)) > LONGEST_PATH:
+            self._sockets = Path(tempfile.mkdtemp(prefix="genmodel-", dir="/tmp"))
         self._hosts: list[_Host | None] = [None] * size
+        self._numbers = itertools.count()
         self._launcher: Launcher | None = None
         self.import_seconds = 0.0
-        self._segments = segments()
 
     @property
     def size(self) -> int:
@@ -100,9 +124,10 @@ class Pool:
 
     def begin(self, command: Command, ranks: Sequence[int]) -> Job:
         """Give the same command to several ranks; the ranks must be idle."""
-        hosts = [self._ensure(rank) for rank in ranks]
+        hosts = [self._ensure(rank, command.target) for rank in ranks]
         for host in hosts:
             host.log_start = host.log.stat().st_size
+            host.kills = _kills()
             # A host that cannot even be written to is found dead by the job.
             with contextlib.suppress(OSError):
                 host.connection.send(command)
@@ -114,63 +139,66 @@ class Pool:
 
     def close(self) -> None:
         """End every host and whatever it started; leaves nothing behind."""
-        for host in self._hosts:
-            if host is not None:
-                with contextlib.suppress(OSError):
-                    host.connection.send(None)
-        deadline = time.monotonic() + 2.0
-        for rank, host in enumerate(self._hosts):
-            if host is not None:
-                host.process.wait(max(0.0, deadline - time.monotonic()))
-                self.discard(rank)
+        hosts, self._hosts = self._hosts, [None] * self.size
         if self._launcher is not None:
             self._launcher.close()
             self._launcher = None
-        sweep(self._segments)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        for host in filter(None, hosts):
+            host.connection.close()
+        remove(self.directory)
+        remove(self._sockets)
 
     def discard(self, rank: int) -> None:
         """Kill a host and its children, if it still lives."""
         host, self._hosts[rank] = self._hosts[rank], None
         if host is None:
             return
-        host.process.send_signal(signal.SIGKILL)  # it may not lead a group yet
-        if host.process.pid is not None:
-            end_group(host.process.pid)
-        host.process.wait(PATIENCE)
+        host.process.send_signal(signal.SIGKILL)
+        # The launcher tells of its death only when what it had started is dead, too.
+        if host.process.wait(5 * PATIENCE) is None and self._launcher is not None:
+            self._launcher.kill()
         host.connection.close()
+        remove(host.directory)
 
     @property
     def deaths(self) -> list[Connection]:
         """What becomes readable when a host ends."""
         return [] if self._launcher is None else [self._launcher.connection]
 
-    def _ensure(self, rank: int) -> _Host:
+    def _ensure(self, rank: int, target: str = "") -> _Host:
         host = self._hosts[rank]
-        if host is None or host.process.poll() is not None:
+        others = host is not None and target and host.target not in ("", target)
+        if host is None or others or host.process.poll() is not None:
             self.discard(rank)
             self._hosts[rank] = host = self._spawn(rank)
+        host.target = target or host.target
         return host
 
     def _spawn(self, rank: int) -> _Host:
         if self._launcher is not None and not self._launcher.alive:
-            self._launcher.close()
+            self._launcher.kill()
             self._launcher = None
         if self._launcher is None:
-            self._launcher = Launcher({**os.environ, **self._environment}, self.directory / "launcher.log")
+            self._launcher = Launcher({**os.environ, **self._environment}, self.directory, self._sockets)
         ours, theirs = socket.socketpair()
         log = self.directory / f"host{rank}.log"
-        log.touch()
+        log.touch(0o600)
+        directory = self.directory / str(next(self._numbers))
+        directory.mkdir(0o700)
+        own = {
+            "TMPDIR": str(directory),
+            "VLLM_RPC_BASE_PATH": str(directory if self._sockets == self.directory else self._sockets),
+        }
         settings = {
             "rank": rank,
-            "environment": {**os.environ, **self._environment},
+            "environment": {**_lasting_caches(), **os.environ, **self._environment, **own},
             "directory": str(Path.cwd()),
             "path": list(sys.path),
             "log": str(log),
         }
         process = self._launcher.start(theirs, settings)
         theirs.close()
-        return _Host(process, Connection(ours.detach()), log)
+        return _Host(process, Connection(ours.detach()), log, directory)
 
 
 class Job:
@@ -181,6 +209,8 @@ class Job:
         self._command = command
         self._waiting = hosts
         self._results: dict[int, Result] = {}
+        self._parts: dict[int, dict[str, Any]] = {rank: {} for rank in hosts}
+        self._begun = time.monotonic()
         self.started = dict.fromkeys(hosts, time.perf_counter())
         """When each rank could begin: at once, or when it had imported torch and vLLM."""
         self._culprit: tuple[int, float] | None = None
@@ -192,22 +222,24 @@ class Job:
         """Every rank's result; a rank that dies or is late is killed, and its partners with it.
 
         Args:
-            deadline: seconds for the command, from now or from when the last of the hosts has imported, which
-                may itself take IMPORT_DEADLINE.
+            deadline: seconds that any one phase of the command may take; importing torch and vLLM may take
+                IMPORT_DEADLINE.
             on_phase: called with (rank, phase) as hosts report what they are doing.
         """
-        importing = self._importing
-        end = time.monotonic() + deadline + (IMPORT_DEADLINE if importing else 0.0)
+        end = time.monotonic() + deadline
         while self._waiting:
             connections = [host.connection for host in self._waiting.values()]
             ready = wait([*connections, *self._pool.deaths], 1.0)
             for rank, host in list(self._waiting.items()):
                 if host.connection in ready or host.process.poll() is not None:
+                    end = time.monotonic() + deadline
                     self._receive(rank, host, on_phase)
-            if importing and not self._importing:
-                importing, end = False, time.monotonic() + deadline
+                else:
+                    _shorten(host)
+            if self._importing:
+                end = max(end, self._begun + IMPORT_DEADLINE)
             if self._culprit is not None:
-                end = min(end, self._culprit[1] + GRACE)
+                end = self._culprit[1] + GRACE
             if self._waiting and time.monotonic() > end:
                 self._give_up(deadline)
         return self._results
@@ -230,16 +262,19 @@ class Job:
         elif kind == "phase":
             host.phase = value
             on_phase(rank, value)
+        elif kind == "part":
+            name, part = pickle.loads(value)
+            self._parts[rank][name] = part
         elif kind == "done":
             del self._waiting[rank]
             answer, seconds = pickle.loads(value)
-            self._results[rank] = Result(answer, None, seconds)
+            self._results[rank] = Result(self._parts[rank] or answer, None, seconds)
         else:
             self._fail(rank, value)
 
     def _fail(self, rank: int, failure: Failure) -> None:
         host = self._waiting.pop(rank)
-        self._results[rank] = Result(None, _with_log(failure, host), {})
+        self._results[rank] = Result(self._parts[rank], _with_log(failure, host), {})
         # What a model that failed has left behind in its process nobody knows, and a new one costs little.
         self._pool.discard(rank)
         # In a collective the others may now wait for this rank for ever, or fail likewise any moment.
@@ -247,33 +282,28 @@ class Job:
             self._culprit = rank, time.monotonic()
 
     def _death(self, rank: int, host: _Host) -> Failure:
+        # It tells why its connection ended by ending itself.
         code = host.process.wait(PATIENCE)
-        if code is None:
-            how = "closed its connection"
-        elif code < 0:
-            how = f"died with {signal.Signals(-code).name}"
-        else:
-            how = f"exited with status {code}"
         return Failure(
             kind="died",
             scenario=self._command.scenario,
             rank=rank,
             phase=host.phase,
-            message=f"host {rank} {how} while {host.phase}",
+            message=f"host {rank} {_ended(code, host)} while {host.phase}",
         )
 
     def _give_up(self, deadline: float) -> None:
-        for host in self._waiting.values():
-            host.process.send_signal(signal.SIGUSR1)  # faulthandler writes every thread's stack to the log
-        time.sleep(0.5)
+        """Of all that still work, say that they are late, and end them."""
         late = dict(self._waiting)
+        stacks = {rank: _stacks(host) for rank, host in late.items()}
         # Of several late ranks, those in a collective wait for the others: blame the others.
-        blamed = {rank for rank, host in late.items() if not _IN_COLLECTIVE.search(_written(host))} or set(late)
+        blamed = {rank for rank, stack in stacks.items() if not _IN_COLLECTIVE.search(stack)} or set(late)
         if self._culprit is not None:
             blamed = set()
         culprit = self._culprit[0] if self._culprit is not None else min(blamed)
         for rank, host in late.items():
-            own = f"host {rank} gave no answer within {deadline:.0f} s, while {host.phase}"
+            allowed = IMPORT_DEADLINE if not host.ready else deadline
+            own = f"host {rank} gave no answer within {allowed:.0f} s, while {host.phase}"
             self._fail(
                 rank,
                 Failure(
@@ -286,29 +316,85 @@ class Job:
             )
 
 
+def _ended(code: int | None, host: _Host) -> str:
+    """How a host did."""
+    if code is None or code == LOST:
+        return "lost its connection (was it closed, with other file descriptors?)"
+    if code == -signal.SIGKILL and _kills() > host.kills:
+        return "was killed by the kernel, which ran out of memory,"
+    return f"died with {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+
+
+def _kills() -> int:
+    """Processes the kernel has killed for lack of memory, of the machine or of a control group."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE):
+            return int(found[1])
+    return 0
+
+
+def _lasting_caches() -> dict[str, str]:
+    """Where to keep what is compiled: by default torch keeps it with the temporary files, which end with the host."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        user = str(os.getuid())
+    return {"TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{user}")}
+
+
+def _stacks(host: _Host) -> str:
+    """What every thread of a host is doing, which faulthandler writes to its log when asked by a signal."""
+    start = host.log.stat().st_size
+    host.process.send_signal(signal.SIGUSR1)
+    patient = time.monotonic() + PATIENCE
+    while True:
+        found = _read(host.log, start)
+        # The main thread's comes last.
+        if ("\nCurrent thread" in f"\n{found}" and found.endswith("\n")) or time.monotonic() > patient:
+            return found
+        time.sleep(0.05)
+
+
+def _shorten(host: _Host) -> None:
+    """Forget what a host that writes without end has written."""
+    if host.log.stat().st_size > LONGEST_LOG:
+        os.truncate(host.log, 0)
+        host.log_start = 0
+
+
 def _nothing() -> NoReturn:
     raise EOFError
 
 
-def _with_log(failure: Failure, host: _Host, lines: int = 25) -> Failure:
-    """The failure with the end of the host's log, and with the true cause if only a child process knew it."""
-    written = [_PREFIX.sub("", line) for line in _written(host).splitlines()]
+def _with_log(failure: Failure, host: _Host) -> Failure:
+    """The failure with the model's own frames, the end of the log, and a cause that only a child process knew."""
+    lines = _read(host.log, host.log_start).splitlines()
+    written = [_PREFIX.sub("", line) for line in lines if "resource_tracker" not in line]
     if "initialization failed" in failure.message:
         causes = [line for line in written if _CAUSE.match(line) and "initialization failed" not in line]
         if causes:
             failure = replace(failure, message=causes[0], details="")
     if not failure.details and failure.kind in ("raised", "died", "timeout"):
-        failure = replace(failure, details="\n".join(written[-lines:]))
+        own = [
+            line
+            for line in written
+            if (frame := _FRAME.match(line)) and not frame[1].startswith(("<", *NOT_THE_AUTHORS))
+        ]
+        parts = {"in the model's own code, innermost first:": own[:SHOWN], "end of the log:": written[-SHOWN:]}
+        shown = [line for title, part in parts.items() if part for line in (title, *part)]
+        failure = replace(failure, details="\n".join(shown))
     return failure
 
 
-def _written(host: _Host) -> str:
-    """What the host has logged since the present command began."""
-    with host.log.open(errors="replace") as log:
-        log.seek(host.log_start)
-        return log.read()
+def _read(log: Path, start: int) -> str:
+    """What has been written since, or the last LONGEST_READ bytes of it."""
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - LONGEST_READ))
+        return file.read().decode(errors="replace")
 
 
+_FRAME = re.compile(r'  File "([^"<]*)", line \d+ in ')
+"""As faulthandler writes them."""
 _IN_COLLECTIVE = re.compile(r"^Current thread .*\n(?:.*\n){0,5}.*/(?:torch|vllm)/distributed/", re.MULTILINE)
 """faulthandler's stack of the main thread, which takes the signal, with a collective among its innermost calls."""
 _PREFIX = re.compile(r"^\([^)]* pid=\d+\)\s*(?:(?:ERROR|WARNING|INFO) [\d:. -]+ \[[^\]]*\] ?)?")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from genmodel.runners.forked import die_with_parent, fork_instead_of_spawn
+from genmodel.runners.forked import fork_instead_of_spawn
+from genmodel.runners.leftovers import die_with_parent
 
 die_with_parent()
 fork_instead_of_spawn()

@@ -28,7 +28,9 @@ from genmodel.runners.ports import free_ports
 from genmodel.runners.protocol import Command
 
 ANSWERS = 30.0
-"""Seconds beyond a command's deadline that an agent has to tell of it before it counts as lost."""
+"""Seconds beyond the deadlines of a command's phases that an agent has to tell of it before it counts as lost."""
+MOST_PHASES = 32
+"""Of a command; each may take its deadline, to which the agents see."""
 PLACED = 60.0
 """Seconds for the cluster to find places for all ranks."""
 
@@ -277,7 +279,7 @@ class RayJob:
         results: dict[int, Result] = {}
         culprit: tuple[int, float] | None = None
         abandoned: set[int] = set()
-        end = time.monotonic() + deadline + IMPORT_DEADLINE + ANSWERS
+        end = time.monotonic() + MOST_PHASES * deadline + IMPORT_DEADLINE + ANSWERS
         while pending:
             limit = end if culprit is None or abandoned else culprit[1] + GRACE
             for rank, answer in self._pool.wait(pending, limit - time.monotonic()).items():
@@ -308,7 +310,7 @@ class RayJob:
 
     def _lost(self, rank: int, reason: str) -> Result:
         message = f"rank {rank}'s agent, or its node, is gone: {reason}"
-        return Result(None, Failure(kind="died", scenario=self._command.scenario, rank=rank, message=message), {})
+        return Result({}, Failure(kind="died", scenario=self._command.scenario, rank=rank, message=message), {})
 
 
 def _cluster() -> tuple[Any, bool]:

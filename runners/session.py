@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import math
 import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -27,8 +31,12 @@ from genmodel.runners.scenarios import (
     plan,
 )
 
-DEADLINE = 300.0
-"""Seconds any one command may take; the slowest, starting a default engine, takes about 30 on two cores."""
+DEADLINE = 120.0
+"""Seconds any one phase of a scenario may take; the slowest, starting a default engine, takes about 30 on two cores."""
+SECONDS_PER_PARAMETER = 5e-7
+"""What a model adds to that: the double-precision reference computes at about 1e10 parameters x tokens a second."""
+TOO_MANY_TIMEOUTS = 2
+"""After so many scenarios of one tensor-parallel size ran out of time, the others of that size are not begun."""
 
 HOST_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine cores in the hosts' own processes
@@ -67,6 +75,11 @@ class TargetOptions:
     seed: int = 0
     pool: str = "local"
     """Where the hosts run: "local" or "ray", the same for all targets of a session."""
+    timeout: float | None = None
+    """Seconds that any one phase of a scenario may take, such as starting an engine or one generation.
+
+    None means DEADLINE, and SECONDS_PER_PARAMETER more.
+    """
     target: object = None
     """The factory itself, for callers in Python that have no "module:attr"; None means `spec` names it."""
 
@@ -77,24 +90,22 @@ class Session:
     Args:
         options: the targets; the largest tensor-parallel size among them is the number of hosts.
         progress: called with one line whenever something slow begins.
-        deadline: seconds any one command to a host may take.
         share: the part of the machine's cores and devices that is this session's.
 
+
     Raises:
-        UnusableTarget: (from any method) for a user's mistake, such as a missing vLLM.
+        UnusableTarget: (from any method) for a user's mistake, such as a missing vLLM, and for a full disk.
     """
 
     def __init__(
         self,
         options: Collection[TargetOptions],
         progress: Callable[[str], None] = lambda line: None,
-        deadline: float = DEADLINE,
         share: machine.Share = machine.Share(),  # noqa: B008 - a constant
     ) -> None:
         self._share = share
         self._many = len(options) > 1
         self._kind = next((o.pool for o in options), "local")
-        self._deadline = deadline
         self._size = max((max(o.tensor_parallel_sizes) for o in options), default=1)
         self._progress = progress
         self._pool: Pool | RayPool | None = None
@@ -110,8 +121,9 @@ class Session:
         """
         if self._pool is not None:
             return
-        self._pool = self._made_pool()
-        self._pool.start()
+        with _room_needed():
+            self._pool = self._made_pool()
+            self._pool.start()
 
     def _made_pool(self) -> Pool | RayPool:
         try:
@@ -132,7 +144,8 @@ class Session:
     def collect(self, options: TargetOptions, scenarios: Collection[str] = SCENARIOS) -> Evidence:
         """Run what is named (and what that needs) and return the evidence; cached per target."""
         target = self._target(options)
-        target.collect(set(scenarios))
+        with _room_needed():
+            target.collect(set(scenarios))
         return target.evidence
 
     def diagnose(
@@ -148,7 +161,8 @@ class Session:
             size: tensor-parallel size.
             focus: a request's name and a position known to be wrong, to be recorded even where not all of it can be.
         """
-        return self._target(options).diagnose(scenario, size, focus)
+        with _room_needed():
+            return self._target(options).diagnose(scenario, size, focus)
 
     def close(self) -> None:
         """End the hosts; leaves no process behind."""
@@ -170,14 +184,14 @@ class Session:
         assert self._pool is not None
         if options not in self._targets:
             self._count += 1
-            self._targets[options] = _Target(
-                self._pool,
-                options,
-                self._count,
-                self._deadline,
-                lambda line: self._say(options.spec, line),
-                self._begun,
-            )
+            with _room_needed():
+                self._targets[options] = _Target(
+                    self._pool,
+                    options,
+                    self._count,
+                    lambda line: self._say(options.spec, line),
+                    self._begun,
+                )
         return self._targets[options]
 
     def _say(self, name: str, line: str) -> None:
@@ -193,11 +207,12 @@ class _Target:
         pool: Pool | RayPool,
         options: TargetOptions,
         number: int,
-        deadline: float,
         say: Callable[[str], None],
         begun: float,
     ) -> None:
-        self._deadline = deadline
+        self._deadline = options.timeout or DEADLINE
+        self._timeouts: Counter[int] = Counter()
+        """Engine scenarios that ran out of time, by tensor-parallel size."""
         self._pool = pool
         self._options = options
         self._say = say
@@ -256,6 +271,8 @@ class _Target:
             self._blame(inspection, wanted)
             return
         assert inspection is not None
+        if self._options.timeout is None:
+            self._deadline = DEADLINE + SECONDS_PER_PARAMETER * _parameters(inspection)
         drafted = plan(inspection, self._options.seed)
         self.evidence.requests = drafted.requests
         self._run(inspection, drafted, wanted)
@@ -333,7 +350,7 @@ class _Target:
         if "deployed" in wanted and deployed is None:
             deployed = self._deploy(drafted, 0)
         if deployed is not None:
-            self._keep("deployed", self._deployed_size, self._wait(deployed, "deployed"), deployed_unproven)
+            self._keep_deployed("deployed", self._deployed_size, deployed)
         if "pipeline" in wanted and inspection.supports_pipeline:
             self._deploy_pipeline(drafted)
         for size in sizes:
@@ -374,7 +391,12 @@ class _Target:
         return _first_failure(results) or tuple(results[rank].value for rank in sorted(results))
 
     def _generate(self, drafted: Plan, size: int, names: list[str]) -> None:
-        """Run scenarios in as few engines as they need; if any fails, each apart, to tell which."""
+        """Run scenarios in as few engines as they need; when one fails, those after it go on in new hosts."""
+        if self._timeouts[size] >= TOO_MANY_TIMEOUTS:
+            message = f"not run, after {self._timeouts[size]} other scenarios at TP={size} ran out of time"
+            for name in names:
+                self._keep(name, size, Failure(kind="timeout", scenario=name, message=message))
+            return
         self._say(f"vLLM at TP={size}: {', '.join(names)}")
         command = self._command(
             "generate",
@@ -385,12 +407,17 @@ class _Target:
             ports=self._pool.free_ports(len(names)),
         )
         results = self._wait(self._pool.begin(command, range(size)), f"TP={size}")
-        if len(names) > 1 and _first_failure(results) is not None:
-            for name in names:
-                self._generate(drafted, size, [name])
+        done = [name for name in names if all(name in result.value for result in results.values())]
+        for name in done:
+            self._keep(name, size, [results[rank].value[name] for rank in sorted(results)])
+        failure = _first_failure(results)
+        if failure is None or len(done) == len(names):
             return
-        for name in names:
-            self._keep(name, size, results, ENGINE_SCENARIOS[name].unproven)
+        failed, *others = names[len(done) :]
+        self._keep(failed, size, failure)
+        self._timeouts[size] += failure.kind == "timeout"
+        if others:
+            self._generate(drafted, size, others)
 
     def _deploy(self, drafted: Plan, rank: int) -> Job | RayJob:
         size = self._deployed_size
@@ -403,24 +430,25 @@ class _Target:
         self._say("vLLM as deployed: LLM(pipeline_parallel_size=2)")
         parallel = {"pipeline_parallel_size": 2}
         command = self._command("deploy", "pipeline", plan=drafted, kept_as="pipeline", parallel=parallel)
-        self._keep("pipeline", 1, self._wait(self._pool.begin(command, [0]), "pipeline"), pipeline_unproven)
+        self._keep_deployed("pipeline", 1, self._pool.begin(command, [0]))
 
-    def _keep(
-        self, name: str, size: int, results: Mapping[int, Result], unproven: Callable[[Sequence[Trace]], str]
-    ) -> None:
+    def _keep(self, name: str, size: int, found: list[list[Trace]] | Failure) -> None:
         """Keep every rank's traces of a scenario, by pass, or the one reason why there are none."""
-        failure = _first_failure(results)
-        if failure is None:
-            by_rank = [results[rank].value[name] for rank in sorted(results)]
-            lacking = next((reason for traces in by_rank if (reason := unproven(traces))), "")
+        if not isinstance(found, Failure):
+            unproven = _UNPROVEN.get(name) or ENGINE_SCENARIOS[name].unproven
+            lacking = next((reason for traces in found if (reason := unproven(traces))), "")
             if not lacking:
-                for traces in zip(*by_rank, strict=True):
+                for traces in zip(*found, strict=True):
                     self.evidence.traces[traces[0].scenario, size] = traces
                 return
             said = f"{name} at TP={size} did not take its path: {lacking}"
-            failure = Failure(kind="proof", scenario=name, message=said)
+            found = Failure(kind="proof", scenario=name, message=said)
         for key in _pass_names(name):
-            self.evidence.traces[key, size] = replace(failure, scenario=name)
+            self.evidence.traces[key, size] = replace(found, scenario=name)
+
+    def _keep_deployed(self, name: str, size: int, job: Job | RayJob) -> None:
+        (result,) = self._wait(job, name).values()
+        self._keep(name, size, result.failure or [result.value[name]])
 
     def _refer(self, drafted: Plan) -> None:
         """Run the reference on what the engines generated: once for every pair of weights and dtype."""
@@ -438,7 +466,9 @@ class _Target:
         self.evidence.reference = self.evidence.references["initial", self._options.dtype]
 
     def _command(self, name: str, scenario: str, **arguments: Any) -> Command:
-        return Command(name=name, scenario=scenario, arguments={"spec": self._spec, **arguments})
+        return Command(
+            name=name, scenario=scenario, target=self._spec.directory, arguments={"spec": self._spec, **arguments}
+        )
 
     def _ask(self, name: str, scenario: str, *, usable: bool = False, **arguments: Any) -> Any:
         """Rank 0's answer or Failure; if `usable`, a Failure is the user's mistake."""
@@ -461,6 +491,33 @@ class _Target:
 
     def _spent(self, phase: str, seconds: float) -> None:
         self._seconds[phase] = max(seconds, self._seconds.get(phase, 0.0))
+
+
+_UNPROVEN: Mapping[str, Callable[[Sequence[Trace]], str]] = {
+    "deployed": deployed_unproven,
+    "pipeline": pipeline_unproven,
+}
+
+
+@contextlib.contextmanager
+def _room_needed() -> Iterator[None]:
+    """What the pool's own files can meet, as the one line it takes."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, ConnectionError) or error.errno not in _NO_PLACE:
+            raise
+        where = error.filename or "a temporary directory"
+        raise UnusableTarget(
+            f"cannot write to {where}: {error.strerror}; TMPDIR names a directory for temporary files"
+        ) from None
+
+
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
+
+
+def _parameters(inspection: Inspection) -> int:
+    return sum(math.prod(parameter.shape) for parameter in inspection.parameters.values())
 
 
 def _proven(audits: tuple[WeightAudit, ...] | Failure, size: int) -> tuple[WeightAudit, ...] | Failure:

@@ -1,81 +1,367 @@
-"""Hosts outlive what models do to them, and nothing outlives the hosts."""
+"""Hosts outlive what models do to them, every fault is told with its cause, and nothing outlives the hosts."""
 
 from __future__ import annotations
 
 import os
+import random
+import re
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 from genmodel.conformance import catalogue
 from genmodel.conformance.verdict import Status
-from genmodel.runners.evidence import Failure
-from genmodel.runners.leftovers import segments
-from genmodel.runners.session import Session, TargetOptions
+from genmodel.runners import pool
+from genmodel.runners.evidence import Evidence, Failure
+from genmodel.runners.leftovers import SEGMENTS, descendants
+from genmodel.runners.session import TOO_MANY_TIMEOUTS, Session, TargetOptions, UnusableTarget
 
-FATAL: dict[tuple[str, tuple[int, ...]], tuple[str, str]] = {
-    ("segfaults", (1,)): ("died", "host 0 died with SIGSEGV while generating (plain)"),
-    ("exits", (2,)): ("died", "host 1 exited with status 3 while generating (plain)"),
-    ("asks_to_exit", (1,)): ("raised", "SystemExit: enough"),
-    ("raises", (2,)): ("raised", "FloatingPointError: on this rank only"),
-    ("hangs", (2,)): ("timeout", "gave no answer within 25 s, while generating (plain)"),
-}
+SOON = 6.0
+"""Seconds that a phase of a model that will not end may take."""
+
+ENGINE = r"while generating \(plain\)"
+FAULTS: tuple[tuple[str, int, str, str, str], ...] = (
+    # target, tensor-parallel size, kind of failure, message, details
+    ("forward.segfault", 1, "died", f"host 0 died with SIGSEGV {ENGINE}", "in segfault"),
+    ("forward.segfault", 2, "died", f"host 1 died with SIGSEGV {ENGINE}", "in segfault"),
+    ("forward.abort", 1, "died", f"host 0 died with SIGABRT {ENGINE}", "in abort"),
+    ("forward.leave", 1, "died", f"host 0 exited with status 3 {ENGINE}", ""),
+    ("forward.leave", 2, "died", f"host 1 exited with status 3 {ENGINE}", ""),
+    ("forward.leave_quietly", 1, "died", f"host 0 exited with status 0 {ENGINE}", ""),
+    ("forward.kill", 2, "died", f"host 1 died with SIGKILL {ENGINE}", ""),
+    ("forward.terminate", 1, "died", f"host 0 died with SIGTERM {ENGINE}", ""),
+    ("forward.close_files", 1, "died", rf"host 0 .* {ENGINE}", ""),
+    ("forward.interrupt", 1, "raised", "KeyboardInterrupt", "in interrupt"),
+    ("forward.interrupt", 2, "raised", "KeyboardInterrupt", "in interrupt"),
+    ("forward.ask_to_exit", 1, "raised", "SystemExit: enough", "in ask_to_exit"),
+    ("forward.fail", 2, "raised", "FloatingPointError: on this rank only", "in fail"),
+    ("compute_logits.fail", 1, "raised", "FloatingPointError: on this rank only", "in fail"),
+    ("loading.fail", 2, "raised", "FloatingPointError: on this rank only", "in load_weights"),
+    ("loading.segfault", 1, "died", "host 0 died with SIGSEGV while starting the engine", "in load_weights"),
+    ("forward.exhaust", 1, "raised", "can't allocate memory", "in exhaust"),
+    ("forward.loop", 1, "timeout", f"host 0 gave no answer within 6 s, {ENGINE}", "in loop"),
+    ("forward.block", 2, "timeout", f"host 1 gave no answer within 6 s, {ENGINE}", "in block"),
+    ("forward.wait_for_others", 2, "timeout", f"host [01] gave no answer within 6 s, {ENGINE}", ""),
+    ("factory.fail", 1, "raised", "FloatingPointError: on this rank only", "in fail"),
+    ("factory.kill", 1, "died", "host 0 died with SIGKILL while inspecting the target", ""),
+    ("factory.sleep", 1, "timeout", "host 0 gave no answer within 6 s, while inspecting the target", "in sleep"),
+    ("training.segfault", 1, "died", "host 0 died with SIGSEGV while inspecting the target", "in segfault"),
+)
+
+CHANGES = (
+    "forward.close_output",
+    "forward.write_garbage",
+    "factory.change_directory",
+    "forward.change_dtype",
+    "factory.change_dtype",
+    "factory.change_device",
+    "forward.change_seeds",
+    "forward.change_threads",
+    "factory.change_environment",
+    "factory.change_gradients",
+    "factory.change_signals",
+    "factory.change_interpreter",
+    "factory.leave_threads",
+    "forward.leave_children",
+    "factory.leave_files",
+    "mutates_config",
+    "differs_each_time",
+)
+"""What changes the process, or leaves something in it; not all of it fails."""
 
 
-def descendants() -> set[int]:
-    """Processes started by this one, or by those it started, that still run."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+def options(target: str, *sizes: int, timeout: float | None = None) -> TargetOptions:
+    spec = target if ":" in target else f"fatal_targets:{target}"
+    return TargetOptions(spec=spec, tensor_parallel_sizes=sizes or (1,), timeout=timeout)
+
+
+HEALTHY = options("genmodel.reference_models.dense:factory", 1, 2)
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
+def of_pool(directory: Path) -> list[str]:
+    """Command lines of the processes that have the pool's directory in the environment they began with."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            after_name = stat.read_text().rpartition(")")[2].split()
+            if str(directory).encode() in path.read_bytes():
+                found.append(command_line(int(path.parent.name)))
         except OSError:
             continue
-        if after_name[0] != "Z":
-            parents[int(stat.parent.name)] = int(after_name[1])
-    found = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {os.getpid()}
+    return found
 
 
-def failure(session: Session, options: TargetOptions) -> Failure:
-    evidence = session.collect(options, {"plain"})
+def gone(find: Callable[[], object], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while find() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not find()
+
+
+def listening() -> set[str]:
+    """Addresses of the sockets in state 0A, LISTEN."""
+    rows = (line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines())
+    return {row[1] for row in rows if row[3] == "0A"}
+
+
+def shared(directory: Path) -> list[str]:
+    return [path.name for path in SEGMENTS.iterdir() if directory.name in path.name]
+
+
+@pytest.fixture
+def nothing_is_left() -> Iterator[Callable[[Session], Path]]:
+    """Count what a session leaves behind; to be told of the session."""
+    before, sessions = descendants(os.getpid()), []
+
+    def watch(session: Session) -> Path:
+        assert session._pool is not None
+        sessions.append(session._pool.directory)
+        return session._pool.directory
+
+    yield watch
+    (directory,) = sessions
+    assert descendants(os.getpid()) == before
+    assert of_pool(directory) == []
+    assert shared(directory) == []
+    assert not directory.exists()
+
+
+def failure_of(evidence: Evidence) -> Failure:
     (found,) = evidence.traces.values()
     assert isinstance(found, Failure), found
     return found
 
 
-def test_a_session_outlives_its_models_and_leaves_nothing_behind() -> None:
-    """Every death is told with its cause; the next model is judged as if nothing had happened."""
-    before, shared = descendants(), segments()
-    options = {key: TargetOptions(spec=f"fatal_targets:{key[0]}", tensor_parallel_sizes=key[1]) for key in FATAL}
-    healthy = TargetOptions(spec="genmodel.reference_models.dense:factory", tensor_parallel_sizes=(1, 2))
-    with Session([*options.values(), healthy], deadline=25.0) as session:
-        for key, (kind, message) in FATAL.items():
-            found = failure(session, options[key])
-            assert (found.kind, key) == (kind, key), found
-            assert message in found.message, found
-            assert found.rank == max(key[1]) - 1
-            if kind in ("died", "timeout"):
-                assert found.details, "the end of the host's log"
-        evidence = session.collect(healthy, {"plain", "reference"})
+def test_every_fault_is_told_and_the_next_model_is_judged_as_ever(
+    nothing_is_left: Callable[[Session], Path],
+) -> None:
+    """Signal, rank, phase and the model's own frames; afterwards the healthy model passes on both sizes."""
+    asked = [options(name, size, timeout=SOON if kind == "timeout" else None) for name, size, kind, *_ in FAULTS]
+    with Session([*asked, HEALTHY]) as session:
+        directory = nothing_is_left(session)
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        for chosen, (name, size, kind, message, details) in zip(asked, FAULTS, strict=True):
+            found = failure_of(session.collect(chosen, {"plain"}))
+            assert found.kind == kind, (name, found)
+            assert re.search(message, found.message), (name, found)
+            assert found.scenario == "plain"
+            assert details in found.details, (name, found.details)
+            assert details == "" or "fatal_targets.py" in found.details
+            if name != "forward.wait_for_others":
+                assert found.rank == size - 1, (name, found)
+            assert found.phase, found
+        evidence = session.collect(HEALTHY, {"plain", "reference"})
         verdict = catalogue.judge(catalogue.get("logits.values"), evidence)
         assert verdict.status is Status.PASSED, verdict
-        directory = session._pool.directory  # type: ignore[union-attr]
-        assert directory.stat().st_mode & 0o077 == 0
-    assert not directory.exists()
-    assert descendants() == before
-    # multiprocessing's own segments are not counted: other programs on the machine make such names too
-    assert {name for name in segments() - shared if name.startswith("vllm_")} == set()
 
 
-def test_nan_in_the_engine_is_a_failed_check() -> None:
-    """Logits that are not numbers agree with nothing."""
-    options = TargetOptions(spec="fatal_targets:gives_nan", tensor_parallel_sizes=(1,))
-    with Session([options]) as session:
-        evidence = session.collect(options, {"plain", "alone", "reference", "inspection"})
-    failed = {
+def test_what_a_model_does_to_its_process_ends_with_it(nothing_is_left: Callable[[Session], Path]) -> None:
+    """A witness, built after each, sees the process that the first one saw, and the engines' ports are free."""
+    asked = [options(name) for name in CHANGES]
+    witnesses = [options("witness") for _ in range(len(CHANGES) + 1)]
+    ports = listening()
+    with Session([*asked, *witnesses]) as session:
+        directory = nothing_is_left(session)
+
+        def seen(chosen: TargetOptions) -> str:
+            found = session.collect(chosen, {"inspection"}).inspection
+            assert not isinstance(found, Failure | None), found
+            return found.model_class
+
+        expected = seen(witnesses[0])
+        for name, chosen, witness in zip(CHANGES, asked, witnesses[1:], strict=True):
+            evidence = session.collect(chosen, {"plain"})
+            assert evidence.traces, name
+            assert seen(witness) == expected, name
+            assert shared(directory) == [], name
+            assert not [line for line in of_pool(directory) if "sleep" in line], name
+    assert gone(lambda: listening() - ports)
+
+
+def test_a_scenario_that_fails_leaves_the_others_their_verdicts() -> None:
+    """Those before it are kept, those after it go on in new hosts, and after some timeouts no more are begun."""
+    late, dying = options("later.sleep", timeout=SOON), options("later.kill")
+    scenarios = ("plain", "alone", "arrivals", "cached", "chunked")
+    with Session([late, dying]) as session:
+        for chosen, kind in ((late, "timeout"), (dying, "died")):
+            traces = session.collect(chosen, scenarios).traces
+            failed = {name: found for (name, _), found in traces.items() if isinstance(found, Failure)}
+            assert {name for name, _ in traces} == set(scenarios)
+            assert "plain" not in failed
+            assert failed["alone"].kind == kind
+            assert all(found.scenario == name for name, found in failed.items())
+
+
+def test_hangs_are_bounded() -> None:
+    """A model that always hangs costs so many deadlines, and every scenario has a failure that says so."""
+    chosen = options("forward.sleep", timeout=SOON)
+    scenarios = ("plain", "alone", "arrivals", "cached", "chunked", "preempted")
+    with Session([chosen]) as session:
+        found = list(session.collect(chosen, scenarios).traces.values())
+    assert [failure.kind for failure in found if isinstance(failure, Failure)] == ["timeout"] * len(scenarios)
+    assert sum("gave no answer" in failure.message for failure in found) == TOO_MANY_TIMEOUTS  # type: ignore[union-attr]
+    assert sum("not run, after" in failure.message for failure in found) == len(scenarios) - TOO_MANY_TIMEOUTS  # type: ignore[union-attr]
+
+
+RANDOM_FAULTS = (
+    *(f"factory.{name}" for name in ("segfault", "abort", "leave", "leave_quietly", "kill", "terminate", "interrupt")),
+    *(f"factory.{name}" for name in ("ask_to_exit", "fail", "exhaust", "close_files", "leave_everything_and_die")),
+    *(f"training.{name}" for name in ("segfault", "leave", "fail", "leave_everything_and_die", "write_garbage")),
+    *(f"factory.{name}" for name in ("change_directory", "change_device", "change_environment", "change_signals")),
+    *(f"factory.{name}" for name in ("leave_threads", "leave_children", "leave_files", "change_interpreter")),
+)
+
+
+def test_a_hundred_random_faults_lose_no_verdict_and_leave_nothing(nothing_is_left: Callable[[Session], Path]) -> None:
+    """Each in inspection or training, as a random number generator has it, in one session."""
+    generator = random.Random(0)
+    asked = [options(generator.choice(RANDOM_FAULTS)) for _ in range(100)]
+    checks = [check for check in catalogue.all_checks() if check.needs <= {"inspection", "gradients"}]
+    assert len(checks) > 10
+    ports = listening()
+    with Session(asked) as session:
+        directory = nothing_is_left(session)
+        for chosen in asked:
+            evidence = session.collect(chosen, {"inspection", "gradients"})
+            verdicts = [catalogue.judge(check, evidence) for check in checks]
+            lost = [(chosen.spec, verdict) for verdict in verdicts if verdict.status is Status.ERROR]
+            assert lost == []
+        # Launcher, fork server, its resource tracker and the last model's host.
+        assert len(of_pool(directory)) <= 6, of_pool(directory)
+        assert len([path for path in directory.iterdir() if path.is_dir() and path.name.isdigit()]) == 1
+    assert gone(lambda: listening() - ports)
+
+
+@pytest.mark.parametrize("target", ["gives_nan", "gives_infinity"])
+def test_logits_that_are_not_numbers_agree_with_nothing(target: str) -> None:
+    """All checks of logits fail, but those that ask only whether the reference resolves anything."""
+    chosen = options(target)
+    with Session([chosen]) as session:
+        evidence = session.collect(chosen, {"plain", "alone", "reference", "inspection"})
+    judged = {
         check.id: catalogue.judge(check, evidence).status
         for check in catalogue.all_checks()
         if check.group == "logits" and not check.tensor_parallel
     }
-    passed = {name for name, status in failed.items() if status is Status.PASSED}
-    assert passed <= {"logits.resolution"}, failed
+    passed = {name for name, status in judged.items() if status is Status.PASSED}
+    assert passed <= {"logits.resolution"}, judged
+
+
+# --- the end of pytest ---------------------------------------------------------------------------------------------
+
+
+HANGING = (
+    "-m pytest -p no:cacheprovider -k interface.builds --genmodel-tp=1 "
+    "--genmodel=fatal_targets:factory.leave_everything_and_hang"
+)
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGINT], [signal.SIGINT, signal.SIGINT], [signal.SIGTERM], [signal.SIGKILL]],
+    ids=["interrupt", "interrupt twice", "terminate", "kill"],
+)
+def test_hosts_end_with_pytest_however_it_ends(tmp_path: Path, signals: list[signal.Signals]) -> None:
+    """While a model hangs that has left children: they, its host and all temporary files go within seconds."""
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        run = subprocess.Popen(
+            [sys.executable, *shlex.split(HANGING)],
+            env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        assert gone(lambda: not list(tmp_path.glob("genmodel-*/*/hangs")), 200.0), output.read_text()
+        (directory,) = tmp_path.glob("genmodel-*")
+        assert [line for line in of_pool(directory) if "sleep" in line]
+        for number in signals:
+            run.send_signal(number)
+            time.sleep(0.2)
+        run.wait(20)
+    finally:
+        run.kill()
+        run.wait()
+    assert gone(lambda: of_pool(directory)), of_pool(directory)
+    assert gone(directory.exists)
+    assert shared(directory) == []
+    assert "INTERNALERROR" not in output.read_text()
+
+
+# --- no room -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary directory on a device of 256 KiB of its own, less than a checkpoint takes."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], check=False).returncode:
+        pytest.skip("no permission to mount")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_a_full_disk_is_one_line(small_disk: Path) -> None:
+    """Met while the checkpoint is written, it is not the model's fault, and TMPDIR is named."""
+    with Session([HEALTHY]) as session, pytest.raises(UnusableTarget, match=r"no space left on .*TMPDIR") as raised:
+        session.collect(HEALTHY, {"inspection"})
+    assert "\n" not in str(raised.value)
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["full", "read-only"])
+def test_a_temporary_directory_that_cannot_be_written_is_one_line(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It and all that Python would take instead."""
+    if what == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    else:
+        with pytest.raises(OSError, match="No space"):
+            (small_disk / "all").write_bytes(bytes(1 << 20))
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(small_disk)])
+    with pytest.raises(UnusableTarget, match=r"cannot write to .*TMPDIR") as raised:
+        Session([HEALTHY]).start()
+    assert "\n" not in str(raised.value)
+
+
+# --- the pool's small laws -----------------------------------------------------------------------------------------
+
+
+def test_a_log_without_end_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that prints for ever does not fill the disk; what comes after is still seen."""
+    monkeypatch.setattr(pool, "LONGEST_LOG", 100)
+    log = tmp_path / "log"
+    log.write_text("x" * 101)
+    host = pool._Host(None, None, log, tmp_path, log_start=50)  # type: ignore[arg-type]
+    pool._shorten(host)
+    assert log.stat().st_size == 0
+    log.write_text("the end")
+    assert pool._read(log, host.log_start) == "the end"
+
+
+def test_only_the_end_of_a_long_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "LONGEST_READ", 10)
+    log = tmp_path / "log"
+    log.write_bytes(b"\xff" * 1000 + b"0123456789")
+    assert pool._read(log, 3) == "0123456789"
+
+
+def test_a_kill_for_lack_of_memory_is_called_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The kernel counts them; any other SIGKILL is just that."""
+    host = pool._Host(None, None, tmp_path / "log", tmp_path, kills=3)  # type: ignore[arg-type]
+    monkeypatch.setattr(pool, "_kills", lambda: 4)
+    assert pool._ended(-signal.SIGKILL, host) == "was killed by the kernel, which ran out of memory,"
+    monkeypatch.setattr(pool, "_kills", lambda: 3)
+    assert pool._ended(-signal.SIGKILL, host) == "died with SIGKILL"

@@ -49,7 +49,7 @@ def address() -> Iterator[str]:
 def session(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
     """Two ranks in that cluster, one on each node."""
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with Session([OPTIONS], deadline=120.0) as running:
+    with Session([OPTIONS]) as running:
         yield running
 
 

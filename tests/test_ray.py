@@ -58,7 +58,7 @@ OPTIONS = TargetOptions(spec=DENSE, tensor_parallel_sizes=(1, 2), pool="ray")
 
 def test_tensor_parallelism_across_nodes(session: Session) -> None:
     """Engines, loading and training of two ranks on two nodes, and a rank that dies in between."""
-    dies = TargetOptions(spec="fatal_targets:exits", tensor_parallel_sizes=(2,), pool="ray")
+    dies = TargetOptions(spec="fatal_targets:forward.leave", tensor_parallel_sizes=(2,), pool="ray")
     (found,) = session.collect(dies, {"plain"}).traces.values()
     assert isinstance(found, Failure)
     assert (found.kind, found.rank) == ("died", 1)

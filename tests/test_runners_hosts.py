@@ -234,7 +234,7 @@ def test_a_hundred_random_faults_lose_no_verdict_and_leave_nothing(nothing_is_le
             assert lost == []
         # Launcher, fork server, its resource tracker and the last model's host.
         assert len(of_pool(directory)) <= 6, of_pool(directory)
-        assert len([path for path in directory.iterdir() if path.is_dir() and path.name.isdigit()]) == 1
+        assert len([path for path in directory.iterdir() if path.is_dir() and path.name.isdigit()]) <= 1
 
 
 @pytest.mark.parametrize("target", ["gives_nan", "gives_infinity"])

@@ -104,6 +104,12 @@ def exhaust() -> None:
     torch.empty(1 << 42)
 
 
+def fill() -> None:
+    """All of the memory that a control group allows, and more."""
+    Path(os.environ["LIMITED_GROUP"], "cgroup.procs").write_text(str(os.getpid()))
+    torch.ones(1 << 30)
+
+
 # --- what changes a process ----------------------------------------------------------------------------------------
 
 

@@ -353,6 +353,35 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path: Path, monkeypatch: pytest.
     assert pool._read(log, 3) == "0123456789"
 
 
+@pytest.fixture
+def limited_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A control group of little memory that hosts may join; for that one has to be root."""
+    root = Path("/sys/fs/cgroup")
+    version_1 = (root / "memory").is_dir()
+    group = root / ("memory" if version_1 else "") / f"genmodel-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if version_1 else "memory.max")).write_text(str(1 << 28))
+    except OSError as error:
+        pytest.skip(f"control groups cannot be made here: {error}")
+    monkeypatch.setenv("LIMITED_GROUP", str(group))
+    yield group
+    group.rmdir()
+
+
+@pytest.mark.usefixtures("limited_group")
+def test_the_kernel_kills_a_model_that_has_no_memory_left() -> None:
+    """A real kill, under a limit of 256 MiB, on one rank of two; the next model is judged as ever."""
+    dies = options("forward.fill", 2)
+    with Session([dies, HEALTHY]) as session:
+        (found,) = session.collect(dies, {"plain"}).traces.values()
+        assert isinstance(found, Failure)
+        assert (found.kind, found.rank) == ("died", 1)
+        assert "host 1 was killed by the kernel, which ran out of memory, while generating (plain)" in found.message
+        evidence = session.collect(HEALTHY, {"plain", "reference"})
+        assert catalogue.judge(catalogue.get("logits.values"), evidence).status is Status.PASSED
+
+
 def test_a_kill_for_lack_of_memory_is_called_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The kernel counts them; any other SIGKILL is just that."""
     host = pool._Host(None, None, tmp_path / "log", tmp_path, kills=3)  # type: ignore[arg-type]

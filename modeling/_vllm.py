@@ -487,9 +487,33 @@ def _count_ranks_eagerly() -> None:
 
 def stop_engine(llm: Any) -> None:
     """End an engine so that another, of another size too, can start in the same process."""
+    _let_processes_end_meanwhile()
     # An engine core in a process of its own often does not exit by itself; vLLM kills it after this many seconds.
     llm.llm_engine.engine_core.shutdown(timeout=1.0)
     leave_world()
+
+
+def _let_processes_end_meanwhile() -> None:
+    """Let vLLM kill a tree of processes of which some end by themselves just then.
+
+    vLLM looks them up more than once, and a process that has ended stays to be found until its parent reaps it.
+    Parent of an engine's processes is usually the one that runs the engine, but in hosts the fork server, which
+    reaps at once.
+    """
+    import psutil
+    from vllm.v1 import utils
+
+    kill_process_tree: Any = vars(utils)["kill_process_tree"]
+    if kill_process_tree.__module__ == __name__:
+        return
+
+    def kill_what_is_left(pid: int) -> None:
+        while True:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                kill_process_tree(pid)
+                return
+
+    vars(utils)["kill_process_tree"] = kill_what_is_left
 
 
 def leave_world() -> None:

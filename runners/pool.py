@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -133,10 +133,6 @@ class Pool:
                 host.connection.send(command)
         return Job(self, command, dict(zip(ranks, hosts, strict=True)))
 
-    def run(self, command: Command, ranks: Sequence[int], deadline: float) -> dict[int, Result]:
-        """`begin` and wait."""
-        return self.begin(command, ranks).wait(deadline)
-
     def close(self) -> None:
         """End every host and whatever it started; leaves nothing behind."""
         hosts, self._hosts = self._hosts, [None] * self.size
@@ -216,15 +212,12 @@ class Job:
         self._culprit: tuple[int, float] | None = None
         """The first rank that failed, and when."""
 
-    def wait(
-        self, deadline: float, on_phase: Callable[[int, str], None] = lambda rank, phase: None
-    ) -> dict[int, Result]:
+    def wait(self, deadline: float) -> dict[int, Result]:
         """Every rank's result; a rank that dies or is late is killed, and its partners with it.
 
         Args:
             deadline: seconds that any one phase of the command may take; importing torch and vLLM may take
                 IMPORT_DEADLINE.
-            on_phase: called with (rank, phase) as hosts report what they are doing.
         """
         end = time.monotonic() + deadline
         while self._waiting:
@@ -233,7 +226,7 @@ class Job:
             for rank, host in list(self._waiting.items()):
                 if host.connection in ready or host.process.poll() is not None:
                     end = time.monotonic() + deadline
-                    self._receive(rank, host, on_phase)
+                    self._receive(rank, host)
                 else:
                     _shorten(host)
             if self._importing:
@@ -248,7 +241,7 @@ class Job:
     def _importing(self) -> bool:
         return any(not host.ready for host in self._waiting.values())
 
-    def _receive(self, rank: int, host: _Host, on_phase: Callable[[int, str], None]) -> None:
+    def _receive(self, rank: int, host: _Host) -> None:
         try:
             # A dead host's children may hold its end of the socket open: then there is nothing, and no end either.
             kind, value = host.connection.recv() if host.connection.poll() else _nothing()
@@ -261,7 +254,6 @@ class Job:
             self._pool.import_seconds = max(self._pool.import_seconds, value)
         elif kind == "phase":
             host.phase = value
-            on_phase(rank, value)
         elif kind == "part":
             name, part = pickle.loads(value)
             self._parts[rank][name] = part

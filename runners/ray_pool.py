@@ -165,22 +165,22 @@ class RayPool:
     @property
     def address(self) -> str:
         """Of rank 0's node, where ranks meet."""
-        found: str = self._ray.get(self._agent(0).place.remote())[0]
+        found: str = self._ray.get(self.agent(0).place.remote())[0]
         return found
 
     def nodes(self) -> list[str]:
         """Ids of the ranks' nodes."""
-        return [node for _, node in self._ray.get([self._agent(r).place.remote() for r in range(self._size)])]
+        return [node for _, node in self._ray.get([self.agent(r).place.remote() for r in range(self._size)])]
 
     def free_ports(self, count: int) -> list[int]:
         """Ports of rank 0's node that nobody uses."""
-        found: list[int] = self._ray.get(self._agent(0).free_ports.remote(count))
+        found: list[int] = self._ray.get(self.agent(0).free_ports.remote(count))
         return found
 
     def start(self) -> None:
         """Start agents for all ranks; returns at once."""
         for rank in range(self._size):
-            self._agent(rank)
+            self.agent(rank)
 
     def begin(self, command: Command, ranks: Sequence[int]) -> RayJob:
         """Give the same command to several ranks; the ranks must be idle."""
@@ -188,7 +188,7 @@ class RayPool:
         for rank in ranks:
             if rank:
                 self._send_checkpoint(name, rank)
-        return RayJob(self, command, {rank: self._agent(rank).begin.remote(command, name) for rank in ranks})
+        return RayJob(self, command, {rank: self.agent(rank).begin.remote(command, name) for rank in ranks})
 
     def discard(self, rank: int) -> None:
         """Forget a rank's agent, which is gone or does not answer."""
@@ -220,24 +220,21 @@ class RayPool:
                     found[rank] = str(error).strip().splitlines()[-1]
         return found
 
-    def agent(self, rank: int) -> Any:
-        """The handle of a rank's agent."""
-        return self._agent(rank)
-
     def _disconnect(self) -> None:
         if self._connected:
             self._ray.shutdown()
 
     def _send_checkpoint(self, name: str, rank: int) -> None:
         known = self._known.setdefault((rank, name), {})
-        files = self._ray.get(self._agent(0).files.remote(name, known))
+        files = self._ray.get(self.agent(0).files.remote(name, known))
         if not files:
             return
-        if problem := self._ray.get(self._agent(rank).store.remote(name, files)):
+        if problem := self._ray.get(self.agent(rank).store.remote(name, files)):
             raise NoCluster(problem)
         known.update({key: stamp for key, (stamp, _) in files.items()})
 
-    def _agent(self, rank: int) -> Any:
+    def agent(self, rank: int) -> Any:
+        """The handle of a rank's agent, which is started if there is none."""
         if rank not in self._agents:
             strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
                 placement_group=self._group, placement_group_bundle_index=rank

@@ -41,11 +41,11 @@ def session() -> Iterator[Session]:
         yield running
 
 
-NO_MEGATRON = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+NEEDS_MEGATRON = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=NO_MEGATRON if name == "megatron" else ()) for name in OPTIONS]
+    "name", [pytest.param(name, marks=NEEDS_MEGATRON if name == "megatron" else ()) for name in OPTIONS]
 )
 def test_conforms(session: Session, name: str) -> None:
     """At TP=1 and TP=2, forward, backward and loading: no check that applies fails."""

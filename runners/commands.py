@@ -350,7 +350,7 @@ def generate(
 
 
 def deploy(state: State, spec: Spec, plan: Plan, kept_as: str, parallel: dict[str, int]) -> dict[str, list[Trace]]:
-    """What users deploy: `LLM(model, tensor_parallel_size=N)` with the default executor and spawned workers.
+    """What users deploy: `LLM(model, tensor_parallel_size=N)` with the default executor and fresh worker processes.
 
     `parallel` are the engine's parallel sizes, such as {"tensor_parallel_size": 2}.
     """

@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from genmodel.runners.workload import edge_tokens
+
 TINY_CONFIG: dict[str, Any] = {
     # Llama's names, which most models read; head_dim 32 is the least vLLM's CPU kernels take.
     "model_type": "genmodel",
@@ -32,8 +34,8 @@ TINY_CONFIG: dict[str, Any] = {
     "vocab_size": 331,  # prime: divisible neither by the padding unit nor by any number of ranks
     "max_position_embeddings": 256,
     "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "layer_norm_eps": 1e-5,
+    "rms_norm_eps": 1e-3,  # far from what is often hard-coded, and large enough to be seen at every norm
+    "layer_norm_eps": 1e-3,
     "rope_theta": 10000.0,
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
@@ -42,6 +44,11 @@ TINY_CONFIG: dict[str, Any] = {
     "eos_token_id": None,
 }
 """The configuration of a target that brings none."""
+
+SMALL_ROWS = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
+"""What the rows of the `edge_tokens` are scaled by: ascending, so that each outweighs what it attends to."""
+SMALLEST_TABLE = 64
+"""Rows of an embedding that has some to spare; what is looked up in smaller ones are kinds, not tokens."""
 
 LOGIT_SPREAD = 3.0
 """Standard deviation the logits of a model that ends in a normalisation are given, roughly."""
@@ -89,9 +96,24 @@ def _adversarial(
         return (0.0 if centred_on_zero else 1.0) + 0.5 * (2 * torch.rand(shape, generator=generator) - 1)
     if is_embedding(owner):
         # Also right as a tied head: hidden states of unit scale times this give LOGIT_SPREAD.
-        return normal * LOGIT_SPREAD / math.sqrt(shape[-1])
+        rows = normal * LOGIT_SPREAD / math.sqrt(shape[-1])
+        return rows if "LMHead" in type(owner).__name__ else _with_small_rows(rows)
     row_scale = torch.exp(torch.rand(shape[:-1], generator=generator) - 0.5).unsqueeze(-1)
     return normal * row_scale / math.sqrt(_fan_in(shape, owner))
+
+
+def _with_small_rows(table: torch.Tensor) -> torch.Tensor:
+    """An embedding table [V, C] of which the workload's prompt of `edge_tokens` looks up nearly nothing.
+
+    The epsilon of a norm decides what becomes of rows whose variance is below it. What a branch adds to such a row is
+    at most 1 / sqrt(epsilon) of it, so that it is some layers before the residual stream has its usual size, and the
+    smaller the row, the more of them: at one or other of these tokens, every norm's input is as small as its epsilon.
+    """
+    if len(table) < SMALLEST_TABLE:
+        return table
+    for token, size in zip(edge_tokens(len(table)), SMALL_ROWS, strict=True):
+        table[token] *= size
+    return table
 
 
 def _fan_in(shape: tuple[int, ...], owner: nn.Module | None) -> float:
@@ -106,6 +128,13 @@ def _fan_in(shape: tuple[int, ...], owner: nn.Module | None) -> float:
 def is_embedding(module: nn.Module | None) -> bool:
     """Whether the module looks rows up: ours, PyTorch's, Megatron's and vLLM's are all named so."""
     return module is not None and ("Embedding" in type(module).__name__ or "LMHead" in type(module).__name__)
+
+
+def rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in `dtype`; what float16 is too coarse for becomes its smallest normal number, and never zero."""
+    smallest = torch.finfo(dtype).tiny
+    vanishing = (tensor != 0) & (tensor.abs() < smallest)
+    return torch.where(vanishing, tensor.sign() * smallest, tensor).to(dtype)
 
 
 def save_weights(directory: Path, weights: Mapping[str, torch.Tensor]) -> None:

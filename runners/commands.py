@@ -211,7 +211,8 @@ def prepare(state: State, spec: Spec, config: dict[str, Any], weights: str | Non
                 (directory / path.name).symlink_to(path.resolve())
         else:
             # In the tested dtype, so that the higher-precision reference has the very same weights.
-            checkpoint.save_weights(directory, {name: tensor.to(DTYPES[spec.dtype]) for name, tensor in made.items()})
+            dtype = DTYPES[spec.dtype]
+            checkpoint.save_weights(directory, {name: checkpoint.rounded(t, dtype) for name, t in made.items()})
         checkpoint.save_refit_weights(directory, spec.seed)
     return found
 

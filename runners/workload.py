@@ -12,6 +12,11 @@ GENERATED = 16
 """Tokens generated per request."""
 
 
+def edge_tokens(vocab_size: int) -> tuple[int, ...]:
+    """The ids at both ends of the vocabulary and of its halves: where padding and sharding go wrong."""
+    return (0, vocab_size - 1, vocab_size // 2, vocab_size // 2 - 1, 1, vocab_size - 2)
+
+
 def shared_workload(
     vocab_size: int, max_model_len: int, seed: int, block_size: int = BLOCK_SIZE
 ) -> tuple[Request, ...]:
@@ -39,12 +44,10 @@ def shared_workload(
     def after_prefix(count: int) -> tuple[int, ...]:
         return (prefix[: max(1, room - count)] + tokens(count))[:room]
 
-    # The ids at both ends of the vocabulary are where padding and sharding go wrong.
-    edges = (0, vocab_size - 1, vocab_size // 2, vocab_size // 2 - 1, 1, vocab_size - 2)
     prompts = {
         "one_token": tokens(1),
         "two_tokens": tokens(2),
-        "vocabulary_edges": edges[:room],
+        "vocabulary_edges": edge_tokens(vocab_size)[:room],
         "short": tokens(13),
         "block_crossing": tokens(block_size - 3),
         "block_filling": tokens(block_size),

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from genmodel import ParallelContext, TrainableAttention
-from genmodel.reference_models import dense, gpt
+from genmodel.conformance.agreement import NOISE_FACTOR, ULP_FACTOR
+from genmodel.reference_models import dense, gpt, moe
 from genmodel.runners import checkpoint, standalone
 from genmodel.runners.workload import GENERATED, shared_workload
 
@@ -182,3 +183,33 @@ def test_the_workload_reaches_what_it_is_for() -> None:
 def test_a_model_too_short_to_generate_is_refused() -> None:
     with pytest.raises(ValueError, match="leaves no room"):
         shared_workload(331, GENERATED, 0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("module", [dense, gpt, moe], ids=["dense", "gpt", "moe"])
+def test_every_norm_shows_its_epsilon(module: Any, seed: int) -> None:
+    """A thousandth of the epsilon in any one norm moves some logit by ten times what rounding may, and more."""
+    rounded = logits(adversarial(module, seed)).double()
+    built = adversarial(module, seed)
+    built.model.double()
+    right = logits(built)
+    noise = (rounded - right).abs().amax(1)
+    allowed = NOISE_FACTOR * noise.clamp(min=noise.median()) + ULP_FACTOR * 2**-23 * right.abs().max()
+    norms = [norm for norm in built.model.modules() if hasattr(norm, "eps")]
+    assert len(norms) == 7
+    for norm in norms:
+        norm.eps, kept = norm.eps / 1000, norm.eps
+        assert ((logits(built) - right).abs().amax(1) / allowed).max() > 10
+        norm.eps = kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_small_weights_do_not_vanish(dtype: torch.dtype) -> None:
+    """Not even in float16, and no weight changes that has not to."""
+    table = checkpoint.adversarial_weights(nn.ModuleDict({"e": nn.Embedding(331, 8)}), {"e.weight": (331, 8)}, 0)
+    made = table["e.weight"]
+    found = checkpoint.rounded(made, dtype)
+    assert (found != 0).all()
+    usual = made.abs() >= torch.finfo(dtype).tiny
+    assert torch.equal(found[usual], made[usual].to(dtype))
+    assert made.abs().amax(1).min() < 1e-11

@@ -23,6 +23,7 @@ from genmodel.runners import (
     choices,
     coding,
     engine,
+    fates,
     gradients,
     hugging_face,
     inspection,
@@ -102,6 +103,7 @@ class State:
         if running is not None:
             with self.phase("ending the engine"):
                 _vllm.stop_engine(running)
+            fates.forget()
 
 
 def _resolve(spec: str) -> Any:

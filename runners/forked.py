@@ -25,6 +25,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
+from genmodel.runners import fates
 from genmodel.runners.leftovers import adopt_orphans, die_with_parent
 
 FIRST_TO_GO = "500"
@@ -66,6 +67,7 @@ def _have_own_tracker() -> None:
 def fork_instead_of_spawn() -> None:
     """Let multiprocessing's "spawn" context, here and in what is forked from here, fork from the fork server."""
     SpawnProcess._Popen = staticmethod(_from_fork_server)  # type: ignore[method-assign, assignment] # noqa: SLF001
+    fates.write_down_deaths()
     # Else multiprocessing starts another fork server for what a forked process starts.
     server = forkserver._forkserver  # noqa: SLF001
     server.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]
@@ -101,7 +103,8 @@ class ForkedProcess(SpawnProcess):
             os.dup2(descriptor, number)
             os.close(descriptor)
         _replace_environment(inherited["environment"])
-        super().run()
+        with fates.told():
+            super().run()
 
 
 def _die_with_starter() -> None:

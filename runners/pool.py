@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
+from genmodel.runners import fates
 from genmodel.runners.evidence import Failure
 from genmodel.runners.host import LOST
 from genmodel.runners.launcher import HostProcess, Launcher
@@ -83,9 +84,9 @@ class Pool:
 
     def __init__(self, size: int, environment: Mapping[str, str] = {}) -> None:
         self._environment = dict(environment)
-        self.directory = self._sockets = Path(tempfile.mkdtemp(prefix="genmodel-"))
+        self.directory = self.sockets = Path(tempfile.mkdtemp(prefix="genmodel-"))
         if len(str(self.directory)) > LONGEST_PATH:
-            self._sockets = Path(tempfile.mkdtemp(prefix="genmodel-", dir="/tmp"))
+            self.sockets = Path(tempfile.mkdtemp(prefix="genmodel-", dir="/tmp"))
         self._hosts: list[_Host | None] = [None] * size
         self._numbers = itertools.count()
         self._launcher: Launcher | None = None
@@ -142,7 +143,7 @@ class Pool:
         for host in filter(None, hosts):
             host.connection.close()
         remove(self.directory)
-        remove(self._sockets)
+        remove(self.sockets)
 
     def discard(self, rank: int) -> None:
         """Kill a host and its children, if it still lives."""
@@ -175,7 +176,7 @@ class Pool:
             self._launcher.kill()
             self._launcher = None
         if self._launcher is None:
-            self._launcher = Launcher({**os.environ, **self._environment}, self.directory, self._sockets)
+            self._launcher = Launcher({**os.environ, **self._environment}, self.directory, self.sockets)
         ours, theirs = socket.socketpair()
         log = self.directory / f"host{rank}.log"
         log.touch(0o600)
@@ -183,7 +184,7 @@ class Pool:
         directory.mkdir(0o700)
         own = {
             "TMPDIR": str(directory),
-            "VLLM_RPC_BASE_PATH": str(directory if self._sockets == self.directory else self._sockets),
+            "VLLM_RPC_BASE_PATH": str(directory if self.sockets == self.directory else self.sockets),
         }
         settings = {
             "rank": rank,
@@ -229,6 +230,7 @@ class Job:
                     self._receive(rank, host)
                 else:
                     _shorten(host)
+                    self._look_at_engine(rank, host)
             if self._importing:
                 end = max(end, self._begun + IMPORT_DEADLINE)
             if self._culprit is not None:
@@ -236,6 +238,21 @@ class Job:
             if self._waiting and time.monotonic() > end:
                 self._give_up(deadline)
         return self._results
+
+    def _look_at_engine(self, rank: int, host: _Host) -> None:
+        """Do not wait for a deployed engine of which a process has failed: vLLM does not notice everything."""
+        found = fates.cause(host.directory, self._pool.sockets, settle=False)
+        if (
+            host.phase == "ending the engine"
+            or found is None
+            or found.echo
+            or time.monotonic() < found.at + fates.SETTLING
+        ):
+            return
+        said = f"the engine gave no answer while {host.phase}"
+        self._fail(
+            rank, Failure(kind="died", scenario=self._command.scenario, rank=rank, phase=host.phase, message=said)
+        )
 
     @property
     def _importing(self) -> bool:
@@ -266,7 +283,8 @@ class Job:
 
     def _fail(self, rank: int, failure: Failure) -> None:
         host = self._waiting.pop(rank)
-        self._results[rank] = Result(self._parts[rank], _with_log(failure, host), {})
+        told = _with_log(_with_cause(failure, host, self._pool.sockets), host)
+        self._results[rank] = Result(self._parts[rank], told, {})
         # What a model that failed has left behind in its process nobody knows, and a new one costs little.
         self._pool.discard(rank)
         # In a collective the others may now wait for this rank for ever, or fail likewise any moment.
@@ -295,17 +313,25 @@ class Job:
         culprit = self._culprit[0] if self._culprit is not None else min(blamed)
         for rank, host in late.items():
             allowed = IMPORT_DEADLINE if not host.ready else deadline
-            own = f"host {rank} gave no answer within {allowed:.0f} s, while {host.phase}"
-            self._fail(
-                rank,
-                Failure(
-                    kind="timeout" if rank in blamed else "abandoned",
-                    scenario=self._command.scenario,
-                    rank=rank,
-                    phase=host.phase,
-                    message=own if rank in blamed else f"ended because rank {culprit} failed",
-                ),
+            name, inner, stack = _busy(host) or (f"host {rank}", rank, "")
+            own = f"{name} gave no answer within {allowed:.0f} s, while {host.phase}"
+            failure = Failure(
+                kind="timeout" if rank in blamed else "abandoned",
+                scenario=self._command.scenario,
+                rank=inner if rank in blamed else rank,
+                phase=host.phase,
+                message=own if rank in blamed else f"ended because rank {culprit} failed",
             )
+            self._fail(rank, _with_log(failure, host, stack))
+
+
+def _busy(host: _Host) -> tuple[str, int, str] | None:
+    """Which process of a host's deployed engine runs the model's code, with its rank and stack.
+
+    Of several, those in a collective wait for the others.
+    """
+    found = [one for one in fates.stacks(host.directory) if any(map(_is_authors, one[2].splitlines()))]
+    return min(found, key=lambda one: _IN_COLLECTIVE.search(one[2]) is not None, default=None)
 
 
 def _ended(code: int | None, host: _Host) -> str:
@@ -358,24 +384,35 @@ def _nothing() -> NoReturn:
     raise EOFError
 
 
-def _with_log(failure: Failure, host: _Host) -> Failure:
-    """The failure with the model's own frames, the end of the log, and a cause that only a child process knew."""
+def _with_cause(failure: Failure, host: _Host, sockets: Path) -> Failure:
+    """The failure, or what failed first in the deployed engine that the host had started."""
+    if failure.kind not in ("raised", "died", "timeout"):
+        return failure
+    found = fates.cause(host.directory, sockets)
+    if found is None:
+        return failure
+    if found.status is None:
+        return replace(failure, kind=found.kind, rank=found.rank, message=found.message, details=found.details)
+    said = f"{found.name} {_ended(found.status, host)} while {host.phase}"
+    return _with_log(replace(failure, kind="died", rank=found.rank, message=said, details=""), host, found.details)
+
+
+def _with_log(failure: Failure, host: _Host, stacks: str = "") -> Failure:
+    """The failure with the model's own frames, which may be in stacks that are not in the log, and the log's end."""
     lines = _read(host.log, host.log_start).splitlines()
     written = [_PREFIX.sub("", line) for line in lines if "resource_tracker" not in line]
-    if "initialization failed" in failure.message:
-        causes = [line for line in written if _CAUSE.match(line) and "initialization failed" not in line]
-        if causes:
-            failure = replace(failure, message=causes[0], details="")
     if not failure.details and failure.kind in ("raised", "died", "timeout"):
-        own = [
-            line
-            for line in written
-            if (frame := _FRAME.match(line)) and not frame[1].startswith(("<", *NOT_THE_AUTHORS))
-        ]
+        own = [line for line in [*stacks.splitlines(), *written] if _is_authors(line)]
         parts = {"in the model's own code, innermost first:": own[:SHOWN], "end of the log:": written[-SHOWN:]}
         shown = [line for title, part in parts.items() if part for line in (title, *part)]
         failure = replace(failure, details="\n".join(shown))
     return failure
+
+
+def _is_authors(line: str) -> bool:
+    """Whether it is a frame of faulthandler's, in a file of the model's author."""
+    frame = _FRAME.match(line)
+    return frame is not None and not frame[1].startswith(("<", *NOT_THE_AUTHORS))
 
 
 def _read(log: Path, start: int) -> str:
@@ -391,4 +428,3 @@ _IN_COLLECTIVE = re.compile(r"^Current thread .*\n(?:.*\n){0,5}.*/(?:torch|vllm)
 """faulthandler's stack of the main thread, which takes the signal, with a collective among its innermost calls."""
 _PREFIX = re.compile(r"^\([^)]* pid=\d+\)\s*(?:(?:ERROR|WARNING|INFO) [\d:. -]+ \[[^\]]*\] ?)?")
 """What vLLM puts in front of its child processes' lines: "(Worker_TP0 pid=7) ERROR 11-20 05:14:14 [core.py:9] "."""
-_CAUSE = re.compile(r"[\w.]+(?:Error|Exception): ")

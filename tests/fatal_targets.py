@@ -1,7 +1,7 @@
 """The dense model, doing something terrible: `fatal_targets:PLACE.FAULT` does FAULT when its PLACE is reached.
 
 With several ranks only the last does it. In `forward` and `compute_logits` it is done inside an engine only, so
-that the model can be inspected; `training` is forward outside of one.
+that the model can be inspected, and in `build` too; `training` is forward outside of one.
 """
 
 from __future__ import annotations
@@ -259,10 +259,28 @@ def _before(model: nn.Module, method: str, act: Callable[[], None]) -> nn.Module
 
 
 @Place
+def build(vllm_config: Any, parallel_context: ParallelContext, act: Callable[[], None]) -> nn.Module:
+    if engine_config() is not None:
+        act()
+    return dense.factory(vllm_config, parallel_context)
+
+
+@Place
 def forward(vllm_config: Any, parallel_context: ParallelContext, act: Callable[[], None]) -> nn.Module:
     model = dense.factory(vllm_config, parallel_context)
     if engine_config() is not None:
         _before(model.norm, "forward", act)
+    return model
+
+
+@Place
+def serving(vllm_config: Any, parallel_context: ParallelContext, act: Callable[[], None]) -> nn.Module:
+    """Where requests are computed, which is not yet so while an engine measures its memory and warms up."""
+    model = dense.factory(vllm_config, parallel_context)
+    if engine_config() is not None:
+        from vllm.forward_context import get_forward_context
+
+        _before(model.norm, "forward", lambda: act() if get_forward_context().attn_metadata is not None else None)
     return model
 
 

@@ -56,6 +56,27 @@ FAULTS: tuple[tuple[str, int, str, str, str], ...] = (
     ("training.segfault", 1, "died", "host 0 died with SIGSEGV while inspecting the target", "in segfault"),
 )
 
+PLACES = {
+    "build": ("while starting the engine", "in on_last_rank"),
+    "loading": ("while starting the engine", "in load_weights"),
+    "serving": (r"while generating \(deployed\)", "in acting"),
+}
+"""Where a deployed engine meets a fault, what it was doing then, and a frame of it."""
+DEPLOYED_FAULTS: tuple[tuple[str, str, str, str], ...] = (
+    # fault, kind of failure, message (PHASE stands for what the engine was doing), details
+    ("segfault", "died", "worker 1 died with SIGSEGV PHASE", "in segfault"),
+    ("abort", "died", "worker 1 died with SIGABRT PHASE", "in abort"),
+    ("leave", "died", "worker 1 exited with status 3 PHASE", ""),
+    ("leave_quietly", "died", "worker 1 exited with status 0 PHASE", ""),
+    ("kill", "died", "worker 1 died with SIGKILL PHASE", ""),
+    ("terminate", "raised", "SystemExit", "in terminate"),
+    ("interrupt", "raised", "KeyboardInterrupt", "in interrupt"),
+    ("ask_to_exit", "raised", "SystemExit: enough", "in ask_to_exit"),
+    ("fail", "raised", "FloatingPointError: on this rank only", "in fail"),
+    ("exhaust", "raised", "can't allocate memory", "in exhaust"),
+    ("close_files", "(died|raised)", "(worker 1 .* PHASE|Bad file descriptor)", ""),
+)
+
 CHANGES = (
     "forward.close_output",
     "forward.write_garbage",
@@ -184,6 +205,32 @@ def test_what_a_model_does_to_its_process_ends_with_it(nothing_is_left: Callable
             assert seen(witness) == expected, name
             assert shared(directory) == [], name
             assert not [line for line in of_pool(directory) if "sleep" in line], name
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_fault_in_a_deployed_engine_is_told(nothing_is_left: Callable[[Session], Path], place: str) -> None:
+    """Of the worker where it happened: signal or exit status, rank, phase and the model's own frames."""
+    phase, frame = PLACES[place]
+    asked = [options(f"{place}.{fault}", 2) for fault, *_ in DEPLOYED_FAULTS]
+    with Session(asked) as session:
+        nothing_is_left(session)
+        for chosen, (fault, kind, message, details) in zip(asked, DEPLOYED_FAULTS, strict=True):
+            found = failure_of(session.collect(chosen, {"deployed"}))
+            assert re.fullmatch(kind, found.kind), (fault, found)
+            assert re.search(message.replace("PHASE", phase), found.message), (fault, found)
+            assert found.rank == 1, (fault, found)
+            assert details in found.details, (fault, found.details)
+            assert details == "" or frame in found.details, (fault, found.details)
+
+
+def test_a_worker_that_hangs_is_named() -> None:
+    """Rank and frames of the one that computes, not of the one that waits for it."""
+    chosen = options("serving.loop", 2, timeout=20.0)
+    with Session([chosen]) as session:
+        found = failure_of(session.collect(chosen, {"deployed"}))
+    assert (found.kind, found.rank) == ("timeout", 1), found
+    assert found.message == "worker 1 gave no answer within 20 s, while generating (deployed)"
+    assert "in loop" in found.details
 
 
 def test_a_scenario_that_fails_leaves_the_others_their_verdicts() -> None:

@@ -61,12 +61,19 @@ def reference_of(evidence: Evidence, trace: Trace) -> ReferenceRun:
 
 
 def ranks(evidence: Evidence, scenario: str, size: int) -> tuple[Trace, ...]:
-    """The traces of every rank of one engine, at least one; raises NoEvidence."""
+    """The traces of every rank of one engine, at least one.
+
+    Raises:
+        NotApplicable: if a model like this cannot be run in this way.
+        NoEvidence: if the scenario failed or was not run.
+    """
+    if (scenario, size) in evidence.inapplicable:
+        raise NotApplicable(evidence.inapplicable[scenario, size])
     return _present(evidence.traces.get((scenario, size)) or None, scenario, row(size))
 
 
 def rank_zero(evidence: Evidence, scenario: str, size: int) -> Trace:
-    """The trace of rank 0, the one that is compared with other runs; raises NoEvidence."""
+    """The trace of rank 0, the one that is compared with other runs; raises what `ranks` does."""
     for trace in ranks(evidence, scenario, size):
         if trace.rank == 0:
             return trace
@@ -142,19 +149,27 @@ def sizes(evidence: Evidence) -> tuple[int, ...]:
 def every_size(evidence: Evidence, *scenarios: str) -> Iterator[int]:
     """Yield each size at which all `scenarios` have evidence, then raise NoEvidence for the first that has not.
 
-    What can be measured is measured before the check fails for what cannot.
+    What can be measured is measured before the check fails for what cannot. Sizes at which a scenario does not apply
+    are left out; NotApplicable is raised if it applies at none.
     """
     absent: NoEvidence | None = None
+    inapplicable: NotApplicable | None = None
+    measured = False
     for size in sizes(evidence):
         try:
             for scenario in scenarios:
                 rank_zero(evidence, scenario, size)
         except NoEvidence as error:
             absent = absent or error
+        except NotApplicable as error:
+            inapplicable = inapplicable or error
         else:
+            measured = True
             yield size
     if absent is not None:
         raise absent
+    if inapplicable is not None and not measured:
+        raise inapplicable
 
 
 def _present(found: T | Failure | None, scenario: str, where: str) -> T:

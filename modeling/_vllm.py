@@ -266,6 +266,17 @@ def is_text_generation_model(model_class: type[nn.Module]) -> tuple[bool, str]:
     return accepted, "; ".join(lines)
 
 
+def compiles(model: nn.Module) -> bool:
+    """Whether vLLM compiles this model, or a module in it: its class has vLLM's @support_torch_compile."""
+    wrapper: Any = sys.modules.get("vllm.compilation.wrapper")
+    if wrapper is None:
+        return False
+    # The decorator adds this class to the bases, under the name that this version has for it.
+    names = ("TorchCompileWithNoGuardsWrapper", "TorchCompileWrapperWithCustomDispatcher")
+    bases = tuple(found for name in names if (found := getattr(wrapper, name, None)) is not None)
+    return any(isinstance(module, bases) for module in model.modules())
+
+
 def supports_pipeline(model_class: type[nn.Module]) -> bool:
     """Whether the class declares pipeline parallelism to vLLM, completely."""
     from vllm.model_executor.models import supports_pp
@@ -616,6 +627,41 @@ def observe_schedule(llm: Any) -> Iterator[list[dict[str, int]]]:
         scheduler.schedule = schedule
 
 
+@contextlib.contextmanager
+def scarce_cache(llm: Any, requests: int) -> Iterator[None]:
+    """Let an in-process engine run out of cache blocks once `requests` requests are being continued.
+
+    All free blocks are taken away then, and given back when a request has been preempted for want of one: whatever
+    layers share the cache, and into however many groups of blocks vLLM puts them.
+    """
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    blocks, schedule = scheduler.kv_cache_manager.block_pool, scheduler.schedule
+    taken: list[Any] = []
+    ready = False
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal ready
+        known = scheduler.requests.values()
+        if not ready and sum(r.num_computed_tokens >= r.num_prompt_tokens for r in known) >= requests:
+            ready = True
+            taken.extend(blocks.get_new_blocks(blocks.get_num_free_blocks()))
+        output = schedule(*args, **kwargs)
+        if taken and any(r.num_preemptions for r in known):
+            give_back()
+        return output
+
+    def give_back() -> None:
+        blocks.free_blocks(taken)
+        taken.clear()
+
+    scheduler.schedule = observed
+    try:
+        yield
+    finally:
+        scheduler.schedule = schedule
+        give_back()
+
+
 def observe_forward(
     llm: Any, begin: Callable[[list[tuple[str, tuple[int, ...], int]], torch.Tensor], None]
 ) -> nn.Module:
@@ -656,6 +702,8 @@ def worker_report(worker: Any, driver: int) -> dict[str, Any]:
     """Run inside a worker by `collective_rpc` of process `driver`: which process holds which model on which backend."""
     import multiprocessing
 
+    from vllm.compilation.counter import compilation_counter as counter
+
     model = worker.get_model()
     inner = model.model if type(model).__mro__[1].__name__ == "CallableModelWrapper" else model
     backends = {type(m.impl).__name__ for m in model.modules() if is_attention(m) and hasattr(m, "impl")}
@@ -664,7 +712,9 @@ def worker_report(worker: Any, driver: int) -> dict[str, Any]:
         "pid": os.getpid(),
         "model_class": f"{type(inner).__module__}.{type(inner).__qualname__}",
         "backend": ", ".join(sorted(backends)),
-        "dtype": str(next((p.dtype for p in model.parameters()), torch.get_default_dtype())).removeprefix("torch."),
+        "dtype": str(worker.model_config.dtype).removeprefix("torch."),
+        "compiled_models": counter.num_models_seen,
+        "compiled_graphs": counter.num_aot_compiles + counter.num_aot_artifacts_loaded + counter.num_graphs_seen,
         "start_method": "in-process" if os.getpid() == driver else str(started),
     }
 

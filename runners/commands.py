@@ -45,7 +45,7 @@ from genmodel.runners.evidence import (
     WeightAudit,
 )
 from genmodel.runners.protocol import Spec, Unusable
-from genmodel.runners.scenarios import DEPLOYED, ENGINE_SCENARIOS, IN_PROCESS_OPTIONS, Plan, reads_cache
+from genmodel.runners.scenarios import ENGINE_SCENARIOS, IN_PROCESS_OPTIONS, Plan, reads_cache
 
 _vllm.keep_imports_frozen()
 
@@ -319,28 +319,32 @@ def _take_rank(state: State, spec: Spec, tensor_parallel_size: int, port: int) -
 
 
 def generate(
-    state: State, spec: Spec, plan: Plan, tensor_parallel_size: int, scenarios: Sequence[str], ports: Sequence[int]
+    state: State,
+    spec: Spec,
+    plan: Plan,
+    tensor_parallel_size: int,
+    scenarios: Sequence[str],
+    options: Mapping[str, Any],
+    port: int,
 ) -> Iterator[tuple[str, list[Trace]]]:
-    """Run scenarios through in-process engines, or through this rank of them; yields (scenario, a trace per pass).
+    """Run scenarios through one in-process engine, or through this rank of it; yields (scenario, a trace per pass).
 
-    Every engine has a rendezvous port of its own: on a shared one, a rank that is ahead can meet the addresses
-    of the engine before.
+    `options` are the scenarios' own, on top of IN_PROCESS_OPTIONS. Every engine has a rendezvous port of its own: on
+    a shared one, a rank that is ahead can meet the addresses of the engine before.
     """
     launcher = {"distributed_executor_backend": "external_launcher"} if tensor_parallel_size > 1 else {}
+    chosen = [ENGINE_SCENARIOS[name] for name in scenarios]
     common = {
         "max_model_len": plan.max_model_len,
         "kv_cache_memory_bytes": plan.kv_cache_bytes,
         # Not where no scenario reads it: state-space models take another path with it, which vLLM lacks on CPU.
-        "enable_prefix_caching": any(reads_cache(ENGINE_SCENARIOS[name]) for name in scenarios),
+        "enable_prefix_caching": any(map(reads_cache, chosen)),
     }
-    llm, running = None, None
-    for scenario, port in zip((ENGINE_SCENARIOS[name] for name in scenarios), ports, strict=True):
-        options = {**IN_PROCESS_OPTIONS, **common, **launcher, **scenario.options(plan)}
-        if options != running:
-            state.stop_engine()
-            _take_rank(state, spec, tensor_parallel_size, port)
-            llm, running = state.start_engine(spec, tensor_parallel_size=tensor_parallel_size, **options), options
-        assert llm is not None
+    _take_rank(state, spec, tensor_parallel_size, port)
+    llm = state.start_engine(
+        spec, tensor_parallel_size=tensor_parallel_size, **{**IN_PROCESS_OPTIONS, **common, **launcher, **options}
+    )
+    for scenario in chosen:
         llm.reset_prefix_cache()  # of the scenario before
         traces: list[Trace] = []
         for through in scenario.passes:
@@ -352,16 +356,17 @@ def generate(
     state.stop_engine()
 
 
-def deploy(state: State, spec: Spec, plan: Plan, kept_as: str, parallel: dict[str, int]) -> dict[str, list[Trace]]:
+def deploy(state: State, spec: Spec, plan: Plan, kept_as: str, options: Mapping[str, Any]) -> dict[str, list[Trace]]:
     """What users deploy: `LLM(model, tensor_parallel_size=N)` with the default executor and fresh worker processes.
 
-    `parallel` are the engine's parallel sizes, such as {"tensor_parallel_size": 2}.
+    `options` are the engine's, such as {"tensor_parallel_size": 2}.
     """
     changes: dict[str, str | None] = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     with engine.environment({**changes, **engine.DEPLOYED_ENVIRONMENT}):
-        llm = state.start_engine(spec, kv_cache_memory_bytes=plan.deployed_kv_cache_bytes, **parallel)
+        llm = state.start_engine(spec, kv_cache_memory_bytes=plan.deployed_kv_cache_bytes, **options)
+        through = replace(ENGINE_SCENARIOS["plain"].passes[0], name=kept_as)
         with state.phase(f"generating ({kept_as})"):
-            found = engine.trace(llm, replace(DEPLOYED, name=kept_as), plan, rank=0, in_process=False)
+            found = engine.trace(llm, through, plan, rank=0, in_process=False)
         state.stop_engine()
     return {kept_as: [found]}
 
@@ -441,7 +446,8 @@ def record_modules(
     plan: Plan,
     tensor_parallel_size: int,
     recorded: str,
-    ports: Sequence[int],
+    options: Mapping[str, Any],
+    port: int,
     positions: Mapping[tuple[int, ...], frozenset[int]],
 ) -> tuple[str, ModuleRecord]:
     """Run a scenario once more on this rank and keep what every module did: (dtype, record)."""
@@ -449,10 +455,10 @@ def record_modules(
     try:
         # The recorder reads the batches of the first of vLLM's two model runners.
         with engine.environment({"VLLM_USE_V2_MODEL_RUNNER": "0"}):
-            traces = dict(generate(state, spec, plan, tensor_parallel_size, [recorded], ports))[recorded]
+            made = dict(generate(state, spec, plan, tensor_parallel_size, [recorded], options, port))
     finally:
         state.recorder = None
-    return traces[0].proof.dtype, recorder.record(traces, state.rank)
+    return made[recorded][0].proof.dtype, recorder.record(made[recorded], state.rank)
 
 
 def reference_modules(

@@ -48,7 +48,6 @@ def trace(
         weights: which weights the model holds.
         in_process: whether the scheduler lives in this process and can be observed.
     """
-    facts = _vllm.engine_facts(llm)
     continuations: list[Continuation] = []
     sizes: list[int] = []
     for requests in through.batches(plan):
@@ -66,10 +65,12 @@ def trace(
         observed: contextlib.AbstractContextManager[list[dict[str, int]]] = (
             _vllm.observe_schedule(llm) if in_process else contextlib.nullcontext([])
         )
-        with observed as steps:
+        scarce = _vllm.scarce_cache(llm, len(requests)) if through.scarce else contextlib.nullcontext()
+        with scarce, observed as steps:
             outputs = _vllm.generate(llm, prompts, through.stagger)
         sizes.append(max((len(step) for step in steps), default=0))
         continuations += [_continuation(r, o, steps) for r, o in zip(requests, outputs, strict=True)]
+    facts = _vllm.engine_facts(llm)  # now, for vLLM may compile at the first requests
     mine = facts["workers"][0]
     return Trace(
         scenario=through.name,
@@ -91,6 +92,8 @@ def trace(
             start_method=mine["start_method"],
             batch_sizes=tuple(sizes) if in_process else (),
             block_size=facts["block_size"],
+            compiled_models=min(w["compiled_models"] for w in facts["workers"]),
+            compiled_graphs=min(w["compiled_graphs"] for w in facts["workers"]),
         ),
     )
 

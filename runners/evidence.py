@@ -128,6 +128,10 @@ class Proof:
     batch_sizes: tuple[int, ...]
     """Most requests running together in each batch of requests handed to `generate`."""
     block_size: int
+    compiled_models: int = 0
+    """Modules that vLLM compiles (those of classes with its @support_torch_compile), on the rank with the fewest."""
+    compiled_graphs: int = 0
+    """Graphs that vLLM has compiled for them, or loaded from its cache, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +236,8 @@ class Inspection:
     """Longest sequence, in tokens."""
     supports_pipeline: bool
     """Whether the class declares pipeline parallelism (vLLM's SupportsPP)."""
+    compiles: bool = False
+    """Whether vLLM compiles anything of it: some class in it has vLLM's @support_torch_compile."""
     ignores_config: bool
     """True if the factory never read its config, so that the geometry was inferred from the model."""
     ties_embeddings: bool | None = None
@@ -491,6 +497,8 @@ class Evidence:
     parallel_gradients: dict[int, tuple[RankGradients, ...] | Failure] = field(default_factory=dict)
     """By tensor-parallel size, 1 always among them; one per rank."""
     traces: dict[tuple[str, int], tuple[Trace, ...] | Failure] = field(default_factory=dict)
+    inapplicable: dict[tuple[str, int], str] = field(default_factory=dict)
+    """Why a model cannot be run as a scenario asks for, by the keys that `traces` would have."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds by phase: import, prepare, engine start, generate, reference, gradients, tear-down."""
     timeline: tuple[Span, ...] = ()

@@ -71,7 +71,7 @@ def inspect_target(
         attention = tuple(attention_layers(first.model))
         unregistered = tuple(_unregistered(first.model))
         model_class = f"{type(first.model).__module__}.{type(first.model).__qualname__}"
-        native = first.native
+        native, compiles = first.native, _vllm.compiles(first.model)
         configured = int(config.model_config.max_model_len)
         limit = _longest(first, configured)
     rebuilt = _build_parameters(target, model_dir)
@@ -107,6 +107,7 @@ def inspect_target(
         vocab_size=geometry.get("vocab_size", hf_config.vocab_size),
         max_positions=geometry.get("max_position_embeddings", configured),
         supports_pipeline=_vllm.supports_pipeline(model_class_for_vllm),
+        compiles=compiles,
         ignores_config=ignores,
         ties_embeddings=json.loads(Path(model_dir, "config.json").read_text()).get("tie_word_embeddings"),
         notes=tuple(

@@ -48,8 +48,8 @@ class _Host:
     log: Path
     directory: Path
     """Of its temporary files, which go with it."""
-    target: str = ""
-    """Whose code has run in it; empty if none has yet."""
+    name: str = ""
+    """`Command.process` of what has run in it; empty if nothing has yet."""
     log_start: int = 0
     """Where in the log the present command began."""
     kills: int = 0
@@ -70,9 +70,9 @@ class Result:
 
 
 class Pool:
-    """`size` hosts with ranks 0 .. size-1, each for one target: what a target leaves behind in a process ends with it.
+    """`size` hosts with ranks 0 .. size-1, each for one named process: what code leaves behind in it ends with it.
 
-    A rank gets a new host at its next command if its host failed, or has run another target's code.
+    A rank gets a new host at its next command if its host failed, or has run commands of another name.
 
     Args:
         size: the largest tensor-parallel size that will be asked for.
@@ -125,7 +125,7 @@ class Pool:
 
     def begin(self, command: Command, ranks: Sequence[int]) -> Job:
         """Give the same command to several ranks; the ranks must be idle."""
-        hosts = [self._ensure(rank, command.target) for rank in ranks]
+        hosts = [self._ensure(rank, command.process) for rank in ranks]
         for host in hosts:
             host.log_start = host.log.stat().st_size
             host.kills = _kills()
@@ -162,13 +162,13 @@ class Pool:
         """What becomes readable when a host ends."""
         return [] if self._launcher is None else [self._launcher.connection]
 
-    def _ensure(self, rank: int, target: str = "") -> _Host:
+    def _ensure(self, rank: int, name: str = "") -> _Host:
         host = self._hosts[rank]
-        others = host is not None and target and host.target not in ("", target)
+        others = host is not None and name and host.name not in ("", name)
         if host is None or others or host.process.poll() is not None:
             self.discard(rank)
             self._hosts[rank] = host = self._spawn(rank)
-        host.target = target or host.target
+        host.name = name or host.name
         return host
 
     def _spawn(self, rank: int) -> _Host:

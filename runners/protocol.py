@@ -34,8 +34,8 @@ class Command:
 
     name: str
     scenario: str
-    target: str
-    """Whose code it runs; a host runs that of one target only."""
+    process: str
+    """Which process it runs in: a host runs commands of one name only, and the next name gets a fresh one."""
     arguments: dict[str, Any]
 
 

@@ -1,16 +1,19 @@
 """The scenarios: how a model is put through an engine, and what proves that it really went that way.
 
-A new scenario is one value in `ENGINE_SCENARIOS`. Scenarios with the same engine options share an
-engine. A scenario whose proof fails is an error of the harness, never a verdict on the model.
+A new scenario is one value in `ENGINE_SCENARIOS` or `DEPLOYMENTS`. Neighbours with the same engine options share
+an engine, and every engine has a process of its own, in which no model was ever built: vLLM keeps objects of models
+in caches, such as rotary tables, and an engine would take those of the run before. A scenario whose proof fails is
+an error of the harness, never a verdict on the model.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from genmodel.runners.evidence import Inspection, Request, Trace
+from genmodel.runners.evidence import Inspection, Proof, Request, Trace
 from genmodel.runners.workload import BLOCK_SIZE, GENERATED, shared_workload
 
 LONGEST = 2048
@@ -57,6 +60,8 @@ class Pass:
     """Score the prompt's own tokens too; vLLM does not read its prefix cache then."""
     stagger: int = 0
     """Scheduler steps between the arrivals of two requests of a batch; 0 means all at once."""
+    scarce: bool = False
+    """Take the free blocks of the KV cache away once all requests are being continued, until one is preempted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +70,12 @@ class Scenario:
 
     name: str
     passes: tuple[Pass, ...]
-    unproven: Callable[[Sequence[Trace]], str]
+    unproven: Callable[[Sequence[Trace], Asked], str]
     """Why one rank's traces, one per pass, do not show the path the scenario is named for; empty if they do."""
     options: Callable[[Plan], Mapping[str, Any]] = lambda plan: {}
     """Engine options on top of IN_PROCESS_OPTIONS."""
+    inapplicable: Callable[[Inspection], str] = lambda inspection: ""
+    """Why a model cannot be run in this way; empty if it can."""
 
 
 def plan(inspection: Inspection, seed: int) -> Plan:
@@ -117,27 +124,15 @@ def _again(request: Request) -> Request:
 
 
 def _crowd(plan: Plan) -> Batches:
-    """Prompts that just fit the cache together, and no longer do once each has grown by a block."""
+    """Prompts that each need another block soon after they begin to be continued."""
     length = 2 * BLOCK_SIZE - 4
     source = max((request.prompt for request in plan.requests), key=len)
     prompts = [(source[i:] + source)[:length] for i in range(CROWD)]
     return [[Request(name=f"crowd_{i}", prompt=p, max_tokens=GENERATED) for i, p in enumerate(prompts)]]
 
 
-def _few_blocks(plan: Plan) -> dict[str, Any]:
-    # Room for every prompt (two blocks each) and for one sequence of the longest kind, and vLLM's null block.
-    blocks = max(2 * CROWD, -(-_crowd_length(plan) // BLOCK_SIZE)) + 2
-    return {
-        "num_gpu_blocks_override": blocks,
-        "max_model_len": _crowd_length(plan),
-        "enable_prefix_caching": False,  # else what was computed before is not computed again
-        # Else layers with and without a window draw on the blocks in groups of their own, as many as vLLM sees fit.
-        "disable_hybrid_kv_cache_manager": True,
-    }
-
-
-def _crowd_length(plan: Plan) -> int:
-    return min(plan.max_model_len, 4 * BLOCK_SIZE)
+def _nothing_cached(plan: Plan) -> dict[str, Any]:  # noqa: ARG001 - as all options
+    return {"enable_prefix_caching": False}  # else what was computed before is not computed again
 
 
 def _few(plan: Plan) -> Batches:
@@ -152,87 +147,194 @@ def reads_cache(scenario: Scenario) -> bool:
     return any(not through.score_prompt for through in scenario.passes)
 
 
-def _ranks_unproven(trace: Trace) -> str:
-    proof = trace.proof
-    if not proof.world_size == proof.tensor_parallel_size == trace.tensor_parallel_size:
-        return f"asked for {trace.tensor_parallel_size} ranks, ran on {proof.world_size}"
-    return "" if proof.rank == trace.rank else f"rank {trace.rank} ran as rank {proof.rank}"
+def engines(names: Sequence[str], plan: Plan) -> list[list[str]]:
+    """Engine scenarios by the engine they run in: neighbours with the same options share one."""
+    groups = itertools.groupby(names, key=lambda name: ENGINE_SCENARIOS[name].options(plan))
+    return [list(group) for _, group in groups]
 
 
-def _plain_unproven(traces: Sequence[Trace]) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a scenario was asked to be, which its proof is held against."""
+
+    inspection: Inspection
+    dtype: str
+    tensor_parallel_size: int
+    backend: str = ""
+    """The attention backend of the target's first engine; empty before there is one."""
+
+
+def _engine_unproven(traces: Sequence[Trace], asked: Asked) -> str:
+    """What is the same for every engine: its ranks, its dtype, and vLLM's attention on the backend of all others."""
+    return next((reason for trace in traces if (reason := _astray(trace.proof, trace.rank, asked))), "")
+
+
+def _astray(proof: Proof, rank: int, asked: Asked) -> str:
+    if not proof.world_size == proof.tensor_parallel_size == asked.tensor_parallel_size:
+        return f"asked for {asked.tensor_parallel_size} ranks, ran on {proof.world_size}"
+    if proof.rank != rank:
+        return f"rank {rank} ran as rank {proof.rank}"
+    return _other_engine(proof, asked)
+
+
+def _other_engine(proof: Proof, asked: Asked) -> str:
+    if proof.dtype != asked.dtype:
+        return f"asked for {asked.dtype}, ran in {proof.dtype}"
+    if asked.inspection.attention and not proof.attention_backend:
+        return "no attention layer of vLLM's ran, so nothing used the KV cache"
+    if asked.backend and proof.attention_backend != asked.backend:
+        return f"attention ran on {proof.attention_backend}, and on {asked.backend} in other engines of this model"
+    return ""
+
+
+def _eager_unproven(traces: Sequence[Trace], asked: Asked) -> str:
+    proof = traces[0].proof
+    compiles = not proof.eager or proof.compiled_models
+    return "the engine compiled the model" if compiles else _engine_unproven(traces, asked)
+
+
+def _plain_unproven(traces: Sequence[Trace], asked: Asked) -> str:
     if max(traces[0].proof.batch_sizes) < 2:
         return "no two requests ever ran together"
-    return _ranks_unproven(traces[0])
+    return _eager_unproven(traces, asked)
 
 
-def _alone_unproven(traces: Sequence[Trace]) -> str:
+def _alone_unproven(traces: Sequence[Trace], asked: Asked) -> str:
     together = max(traces[0].proof.batch_sizes)
-    if together > 1:
-        return f"{together} requests ran together"
-    return _ranks_unproven(traces[0])
+    return f"{together} requests ran together" if together > 1 else _eager_unproven(traces, asked)
 
 
-def _arrivals_unproven(traces: Sequence[Trace]) -> str:
+def _arrivals_unproven(traces: Sequence[Trace], asked: Asked) -> str:
     late = [c for c in traces[0].continuations if c.joined > 0]
-    return _ranks_unproven(traces[0]) if late else "no request joined others that were already running"
+    return _eager_unproven(traces, asked) if late else "no request joined others that were already running"
 
 
-def _chunked_unproven(traces: Sequence[Trace]) -> str:
+def _chunked_unproven(traces: Sequence[Trace], asked: Asked) -> str:
     split = [c for c in traces[0].continuations if c.chunk_boundary is not None]
-    return _ranks_unproven(traces[0]) if split else "no prompt was computed in more than one step"
+    return _eager_unproven(traces, asked) if split else "no prompt was computed in more than one step"
 
 
-def _cached_unproven(traces: Sequence[Trace]) -> str:
+def _cached_unproven(traces: Sequence[Trace], asked: Asked) -> str:
     hits = [c for c in traces[0].continuations if c.cached_tokens]
-    return _ranks_unproven(traces[0]) if hits else "no prompt token was taken from the prefix cache"
+    return _eager_unproven(traces, asked) if hits else "no prompt token was taken from the prefix cache"
 
 
-def _preempted_unproven(traces: Sequence[Trace]) -> str:
+def _preempted_unproven(traces: Sequence[Trace], asked: Asked) -> str:
     resumed = [c for c in traces[0].continuations if c.resumed_at]
-    return _ranks_unproven(traces[0]) if resumed else "no request was preempted"
+    return _eager_unproven(traces, asked) if resumed else "no request was preempted"
 
 
-def _refit_unproven(traces: Sequence[Trace]) -> str:
+def _refit_unproven(traces: Sequence[Trace], asked: Asked) -> str:
     if not any(c.cached_tokens for c in traces[0].continuations):
         return "the prefix cache was never read, so nothing stale could show"
-    return _ranks_unproven(traces[0])
+    return _eager_unproven(traces, asked)
 
 
-def _compiled_unproven(traces: Sequence[Trace]) -> str:
-    return "the engine ran eagerly" if traces[0].proof.eager else _ranks_unproven(traces[0])
+def _compiled_unproven(traces: Sequence[Trace], asked: Asked) -> str:
+    return _uncompiled(traces[0].proof) or _engine_unproven(traces, asked)
 
 
-def _bfloat16_unproven(traces: Sequence[Trace]) -> str:
-    dtype = traces[0].proof.dtype
-    return f"the model's parameters are {dtype}" if dtype != "bfloat16" else _ranks_unproven(traces[0])
+def _uncompiled(proof: Proof) -> str:
+    """Why this engine is not one whose every rank ran compiled graphs; empty if it is."""
+    if proof.eager:
+        return "the engine ran eagerly"
+    if not proof.compiled_models:
+        return "vLLM saw no model that it compiles"
+    return "" if proof.compiled_graphs else "vLLM compiled no graph on some rank"
+
+
+def compiles_nothing(inspection: Inspection) -> str:
+    """Why a compiled engine of this model is an eager one; empty if it is not."""
+    if inspection.compiles:
+        return ""
+    return "vLLM compiles nothing of this model: no class in it is decorated with vLLM's @support_torch_compile"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """One way in which users deploy: a default executor with fresh worker processes, and the proof of it."""
+
+    name: str
+    about: str
+    """The call that starts it, as a user writes it; {size} is the tensor-parallel size."""
+    unproven: Callable[[Sequence[Trace], Asked], str]
+    """Why its one trace, of the driver, does not show that; empty if it does."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Engine options on top of the default ones, but for the tensor-parallel size."""
+    stages: int = 1
+    """Pipeline-parallel size."""
+    sizes: Callable[[Sequence[int]], Sequence[int]] = tuple
+    """At which of the tensor-parallel sizes asked for it runs."""
+    inapplicable: Callable[[Inspection], str] = lambda inspection: ""
+    """Why a model cannot be deployed in this way; empty if it can."""
 
 
 FRESH_START_METHODS = ("spawn", "forkserver")
 """Of these multiprocessing's processes have nothing of the one that started them but what they were sent."""
 
 
-def deployed_unproven(traces: Sequence[Trace]) -> str:
-    """Whether a trace comes from what users deploy: fresh worker processes, one for each rank."""
-    (trace,) = traces
+def _fresh_workers_unproven(trace: Trace, ranks: int) -> str:
     proof = trace.proof
     if proof.start_method not in FRESH_START_METHODS or proof.pid in proof.worker_pids:
         return f"the workers were not fresh processes: {proof.start_method}, pids {proof.worker_pids}"
-    if len(set(proof.worker_pids)) != trace.tensor_parallel_size:
-        return f"{len(set(proof.worker_pids))} workers for {trace.tensor_parallel_size} ranks"
+    if len(set(proof.worker_pids)) != ranks:
+        return f"{len(set(proof.worker_pids))} workers for {ranks} ranks"
     return ""
 
 
-DEPLOYED = Pass(name="deployed", batches=_together)
-
-
-def pipeline_unproven(traces: Sequence[Trace]) -> str:
-    """Whether a trace comes from two fresh worker processes with half of the layers each."""
+def deployed_unproven(traces: Sequence[Trace], asked: Asked) -> str:
+    """Whether a trace comes from what users deploy: fresh worker processes, one for each rank, that compiled it."""
     (trace,) = traces
-    proof = trace.proof
-    if proof.world_size != 2 or proof.tensor_parallel_size != 1 or len(set(proof.worker_pids)) != 2:
-        return f"world size {proof.world_size}, {len(set(proof.worker_pids))} workers"
-    fresh = proof.start_method in FRESH_START_METHODS
-    return "" if fresh else f"the workers were not fresh processes: {proof.start_method}"
+    uncompiled = _uncompiled(trace.proof) if asked.inspection.compiles else ""
+    return _fresh_workers_unproven(trace, asked.tensor_parallel_size) or uncompiled or _engine_unproven(traces, asked)
+
+
+def deployed_eagerly_unproven(traces: Sequence[Trace], asked: Asked) -> str:
+    """Whether a trace comes from fresh worker processes, one for each rank, that compiled nothing."""
+    (trace,) = traces
+    return _fresh_workers_unproven(trace, asked.tensor_parallel_size) or _eager_unproven(traces, asked)
+
+
+def pipeline_unproven(traces: Sequence[Trace], asked: Asked) -> str:
+    """Whether a trace comes from fresh worker processes, with half of the layers each."""
+    (trace,) = traces
+    proof, ranks = trace.proof, 2 * asked.tensor_parallel_size
+    if (proof.world_size, proof.tensor_parallel_size) != (ranks, asked.tensor_parallel_size):
+        return f"asked for {ranks} ranks in two stages, ran on {proof.world_size}"
+    return _fresh_workers_unproven(trace, ranks) or _other_engine(proof, asked)
+
+
+DEPLOYMENTS = {
+    deployment.name: deployment
+    for deployment in (
+        Deployment(
+            name="deployed",
+            about="LLM(tensor_parallel_size={size})",
+            unproven=deployed_unproven,
+        ),
+        Deployment(
+            name="deployed_eager",
+            about="LLM(tensor_parallel_size={size}, enforce_eager=True)",
+            unproven=deployed_eagerly_unproven,
+            options={"enforce_eager": True},
+            inapplicable=lambda inspection: (
+                compiles_nothing(inspection)
+                and f"{compiles_nothing(inspection)}, and so the deployed scenario is an eager one"
+            ),
+        ),
+        Deployment(
+            name="pipeline",
+            about="LLM(pipeline_parallel_size=2)",
+            unproven=pipeline_unproven,
+            stages=2,
+            sizes=lambda sizes: (1,),
+            inapplicable=lambda inspection: (
+                "" if inspection.supports_pipeline else "the model does not declare pipeline parallelism (SupportsPP)"
+            ),
+        ),
+    )
+}
+"""By name, in the order they are run in; all with default options, and the plain scenario's requests."""
 
 
 def _refit_pass(name: str, weights: str) -> Pass:
@@ -274,20 +376,21 @@ ENGINE_SCENARIOS = {
         ),
         Scenario(
             name="preempted",
-            passes=(Pass(name="preempted", batches=_crowd, score_prompt=False),),
+            passes=(Pass(name="preempted", batches=_crowd, score_prompt=False, scarce=True),),
             unproven=_preempted_unproven,
-            options=_few_blocks,
+            options=_nothing_cached,
         ),
         Scenario(
             name="compiled",
             passes=(Pass(name="compiled", batches=_together),),
             unproven=_compiled_unproven,
             options=lambda plan: {"enforce_eager": False},
+            inapplicable=compiles_nothing,
         ),
         Scenario(
             name="bfloat16",
             passes=(Pass(name="bfloat16", batches=_together),),
-            unproven=_bfloat16_unproven,
+            unproven=_eager_unproven,
             options=lambda plan: {"dtype": "bfloat16"},
         ),
     )
@@ -301,7 +404,6 @@ SCENARIOS = (
     "weights",
     "reference",
     *ENGINE_SCENARIOS,
-    "deployed",
-    "pipeline",
+    *DEPLOYMENTS,
 )
 """Everything a check can ask for."""

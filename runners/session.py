@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -22,14 +23,7 @@ from genmodel.runners.pool import Job, Pool, Result
 from genmodel.runners.protocol import Command, Spec
 from genmodel.runners.ray_pool import NoCluster, RayJob, RayPool
 from genmodel.runners.recorded import recorded_positions
-from genmodel.runners.scenarios import (
-    ENGINE_SCENARIOS,
-    SCENARIOS,
-    Plan,
-    deployed_unproven,
-    pipeline_unproven,
-    plan,
-)
+from genmodel.runners.scenarios import DEPLOYMENTS, ENGINE_SCENARIOS, SCENARIOS, Asked, Deployment, Plan, engines, plan
 
 DEADLINE = 120.0
 """Seconds any one phase of a scenario may take; the slowest, starting a default engine, takes about 30 on two cores."""
@@ -213,6 +207,9 @@ class _Target:
         self._deadline = options.timeout or DEADLINE
         self._timeouts: Counter[int] = Counter()
         """Engine scenarios that ran out of time, by tensor-parallel size."""
+        self._commands = itertools.count()
+        self._backend = ""
+        """The attention backend of the first engine that had one."""
         self._pool = pool
         self._options = options
         self._say = say
@@ -237,7 +234,7 @@ class _Target:
         say("importing torch, vLLM and the target")
         self._weights = None if options.weights is None else str(options.weights.resolve())
         self._config, reference, about, environment = self._ask(
-            "introduce", "import", usable=True, config=options.config, weights=self._weights
+            "introduce", "import", usable=True, process=_FIRST, config=options.config, weights=self._weights
         )
         self._spec = replace(self._spec, reference=reference)
         self.evidence = Evidence(
@@ -276,7 +273,7 @@ class _Target:
         drafted = plan(inspection, self._options.seed)
         self.evidence.requests = drafted.requests
         self._run(inspection, drafted, wanted)
-        if "reference" in self._done and wanted & {"reference", "deployed", "pipeline", *ENGINE_SCENARIOS}:
+        if "reference" in self._done and wanted & {"reference", *DEPLOYMENTS, *ENGINE_SCENARIOS}:
             self._refer(drafted)
         self.evidence.timeline = tuple(self._timeline)
 
@@ -294,7 +291,8 @@ class _Target:
             plan=drafted,
             tensor_parallel_size=size,
             recorded=scenario,
-            ports=self._pool.free_ports(1),
+            options=dict(ENGINE_SCENARIOS[scenario].options(drafted)),
+            port=self._pool.free_ports(1)[0],
             positions=positions,
         )
         results = self._wait(self._pool.begin(command, range(size)), f"diagnosis of TP={size}")
@@ -314,7 +312,9 @@ class _Target:
 
     def _inspect(self) -> None:
         self._say("building and inspecting the model, making its checkpoint")
-        self.evidence.inspection = self._ask("prepare", "inspection", config=self._config, weights=self._weights)
+        self.evidence.inspection = self._ask(
+            "prepare", "inspection", process=_FIRST, config=self._config, weights=self._weights
+        )
 
     def _blame(self, failure: Failure, scenarios: set[str]) -> None:
         """Every scenario of a model that does not build fails for that reason."""
@@ -326,38 +326,53 @@ class _Target:
             elif name in ("weights", "parallel_gradients"):
                 getattr(self.evidence, name).update(dict.fromkeys({1, *sizes}, why))
             else:
-                at = {"deployed": (self._deployed_size,), "pipeline": (1,)}.get(name, sizes)
+                at = self._deployed_sizes(name) if name in DEPLOYMENTS else sizes
                 self.evidence.traces.update({(key, size): why for key in _pass_names(name) for size in at})
 
-    @property
-    def _deployed_size(self) -> int:
-        return min(self._pool.deployable, max(self._options.tensor_parallel_sizes))
+    def _deployed_sizes(self, name: str) -> list[int]:
+        """The tensor-parallel sizes at which a deployment runs, the largest first."""
+        asked = [size for size in self._options.tensor_parallel_sizes if size <= self._pool.deployable]
+        return sorted(DEPLOYMENTS[name].sizes(asked), reverse=True)
 
     def _run(self, inspection: Inspection, drafted: Plan, wanted: set[str]) -> None:
         """Everything but the reference, in an order that keeps all ranks busy."""
-        engines = [name for name in ENGINE_SCENARIOS if name in wanted]
+        names = self._applicable(inspection, wanted)
+        scenarios = [name for name in ENGINE_SCENARIOS if name in names]
         sizes = self._options.tensor_parallel_sizes
-        deployed: Job | RayJob | None = None
-        if "deployed" in wanted and self._pool.size > 1:
-            # The last rank is idle until the first engine that needs all of them.
-            deployed = self._deploy(drafted, self._pool.size - 1)
-        if engines and 1 in sizes:
-            self._generate(drafted, 1, engines)
+        to_deploy = [
+            (DEPLOYMENTS[name], size) for name in DEPLOYMENTS if name in names for size in self._deployed_sizes(name)
+        ]
+        # The last rank is idle until the first engine that needs all of them.
+        first = self._deploy(drafted, *to_deploy[0], self._pool.size - 1) if to_deploy and self._pool.size > 1 else None
+        if scenarios and 1 in sizes:
+            self._generate(inspection, drafted, 1, scenarios)
         if "gradients" in wanted and not inspection.native:
             self._say("standalone training: gradients in float64")
             self.evidence.gradients = self._ask("gradients_of", "gradients")
         self._compare_ranks(1, inspection, wanted)
-        if "deployed" in wanted and deployed is None:
-            deployed = self._deploy(drafted, 0)
-        if deployed is not None:
-            self._keep_deployed("deployed", self._deployed_size, deployed)
-        if "pipeline" in wanted and inspection.supports_pipeline:
-            self._deploy_pipeline(drafted)
+        for deployment, size in to_deploy:
+            job = first or self._deploy(drafted, deployment, size, 0)
+            first = None
+            (result,) = self._wait(job, f"{deployment.name} at TP={size}").values()
+            name = deployment.name
+            self._keep(inspection, name, size, result.failure or [result.value[name]])
         for size in sizes:
-            if engines and size > 1:
-                self._generate(drafted, size, engines)
+            if scenarios and size > 1:
+                self._generate(inspection, drafted, size, scenarios)
             if size > 1:
                 self._compare_ranks(size, inspection, wanted)
+
+    def _applicable(self, inspection: Inspection, wanted: set[str]) -> set[str]:
+        """Those of the scenarios that a model like this can be run in; why not is evidence."""
+        reasons = {
+            name: reason
+            for name, scenario in {**ENGINE_SCENARIOS, **DEPLOYMENTS}.items()
+            if name in wanted and (reason := scenario.inapplicable(inspection))
+        }
+        for name, reason in reasons.items():
+            keys = [(key, size) for key in _pass_names(name) for size in self._options.tensor_parallel_sizes]
+            self.evidence.inapplicable.update(dict.fromkeys(keys, reason))
+        return wanted - reasons.keys()
 
     def _compare_ranks(self, size: int, inspection: Inspection, wanted: set[str]) -> None:
         """What needs the coded checkpoint; at TP=1 also where that was not asked for, to compare ranks with."""
@@ -390,54 +405,60 @@ class _Target:
         results = self._wait(self._pool.begin(command, range(size)), f"{scenario} at TP={size}")
         return _first_failure(results) or tuple(results[rank].value for rank in sorted(results))
 
-    def _generate(self, drafted: Plan, size: int, names: list[str]) -> None:
-        """Run scenarios in as few engines as they need; when one fails, those after it go on in new hosts."""
+    def _generate(self, inspection: Inspection, drafted: Plan, size: int, names: list[str]) -> None:
+        """Run scenarios in as few engines as they need, each in a fresh process of every rank."""
+        self._say(f"vLLM at TP={size}: {', '.join(names)}")
+        for together in engines(names, drafted):
+            self._run_engine(inspection, drafted, size, together)
+
+    def _run_engine(self, inspection: Inspection, drafted: Plan, size: int, names: list[str]) -> None:
+        """Run the scenarios of one engine; when one fails, those after it go on in another."""
         if self._timeouts[size] >= TOO_MANY_TIMEOUTS:
             message = f"not run, after {self._timeouts[size]} other scenarios at TP={size} ran out of time"
             for name in names:
-                self._keep(name, size, Failure(kind="timeout", scenario=name, message=message))
+                self._keep(inspection, name, size, Failure(kind="timeout", scenario=name, message=message))
             return
-        self._say(f"vLLM at TP={size}: {', '.join(names)}")
         command = self._command(
             "generate",
             names[0],
             plan=drafted,
             tensor_parallel_size=size,
             scenarios=names,
-            ports=self._pool.free_ports(len(names)),
+            options=dict(ENGINE_SCENARIOS[names[0]].options(drafted)),
+            port=self._pool.free_ports(1)[0],
         )
         results = self._wait(self._pool.begin(command, range(size)), f"TP={size}")
         done = [name for name in names if all(name in result.value for result in results.values())]
         for name in done:
-            self._keep(name, size, [results[rank].value[name] for rank in sorted(results)])
+            self._keep(inspection, name, size, [results[rank].value[name] for rank in sorted(results)])
         failure = _first_failure(results)
         if failure is None or len(done) == len(names):
             return
         failed, *others = names[len(done) :]
-        self._keep(failed, size, failure)
+        self._keep(inspection, failed, size, failure)
         self._timeouts[size] += failure.kind == "timeout"
         if others:
-            self._generate(drafted, size, others)
+            self._run_engine(inspection, drafted, size, others)
 
-    def _deploy(self, drafted: Plan, rank: int) -> Job | RayJob:
-        size = self._deployed_size
-        self._say(f"vLLM as deployed: LLM(tensor_parallel_size={size}), default executor and options")
-        parallel = {"tensor_parallel_size": size}
-        command = self._command("deploy", "deployed", plan=drafted, kept_as="deployed", parallel=parallel)
+    def _deploy(self, drafted: Plan, deployment: Deployment, size: int, rank: int) -> Job | RayJob:
+        self._say(f"vLLM as deployed: {deployment.about.format(size=size)}, default executor and options")
+        options = {"tensor_parallel_size": size, "pipeline_parallel_size": deployment.stages, **deployment.options}
+        command = self._command("deploy", deployment.name, plan=drafted, kept_as=deployment.name, options=options)
         return self._pool.begin(command, [rank])
 
-    def _deploy_pipeline(self, drafted: Plan) -> None:
-        self._say("vLLM as deployed: LLM(pipeline_parallel_size=2)")
-        parallel = {"pipeline_parallel_size": 2}
-        command = self._command("deploy", "pipeline", plan=drafted, kept_as="pipeline", parallel=parallel)
-        self._keep_deployed("pipeline", 1, self._pool.begin(command, [0]))
-
-    def _keep(self, name: str, size: int, found: list[list[Trace]] | Failure) -> None:
+    def _keep(self, inspection: Inspection, name: str, size: int, found: list[list[Trace]] | Failure) -> None:
         """Keep every rank's traces of a scenario, by pass, or the one reason why there are none."""
         if not isinstance(found, Failure):
-            unproven = _UNPROVEN.get(name) or ENGINE_SCENARIOS[name].unproven
-            lacking = next((reason for traces in found if (reason := unproven(traces))), "")
+            scenario = ENGINE_SCENARIOS.get(name) or DEPLOYMENTS[name]
+            asked = Asked(
+                inspection=inspection,
+                dtype=_dtype_of(name, self._options.dtype),
+                tensor_parallel_size=size,
+                backend=self._backend,
+            )
+            lacking = next((reason for traces in found if (reason := scenario.unproven(traces, asked))), "")
             if not lacking:
+                self._backend = self._backend or found[0][0].proof.attention_backend
                 for traces in zip(*found, strict=True):
                     self.evidence.traces[traces[0].scenario, size] = traces
                 return
@@ -445,10 +466,6 @@ class _Target:
             found = Failure(kind="proof", scenario=name, message=said)
         for key in _pass_names(name):
             self.evidence.traces[key, size] = replace(found, scenario=name)
-
-    def _keep_deployed(self, name: str, size: int, job: Job | RayJob) -> None:
-        (result,) = self._wait(job, name).values()
-        self._keep(name, size, result.failure or [result.value[name]])
 
     def _refer(self, drafted: Plan) -> None:
         """Run the reference on what the engines generated: once for every pair of weights and dtype."""
@@ -465,14 +482,19 @@ class _Target:
             self.evidence.references[weights, dtype] = found
         self.evidence.reference = self.evidence.references["initial", self._options.dtype]
 
-    def _command(self, name: str, scenario: str, **arguments: Any) -> Command:
+    def _command(self, name: str, scenario: str, process: str = "", **arguments: Any) -> Command:
+        """A command for a process of its own, or for one that commands share by its name."""
         return Command(
-            name=name, scenario=scenario, target=self._spec.directory, arguments={"spec": self._spec, **arguments}
+            name=name,
+            scenario=scenario,
+            process=f"{self._spec.directory} {process or next(self._commands)}",
+            arguments={"spec": self._spec, **arguments},
         )
 
-    def _ask(self, name: str, scenario: str, *, usable: bool = False, **arguments: Any) -> Any:
+    def _ask(self, name: str, scenario: str, *, usable: bool = False, process: str = "", **arguments: Any) -> Any:
         """Rank 0's answer or Failure; if `usable`, a Failure is the user's mistake."""
-        result = self._wait(self._pool.begin(self._command(name, scenario, **arguments), [0]), scenario)[0]
+        command = self._command(name, scenario, process, **arguments)
+        result = self._wait(self._pool.begin(command, [0]), scenario)[0]
         failure = result.failure
         if failure is None:
             return result.value
@@ -493,10 +515,13 @@ class _Target:
         self._seconds[phase] = max(seconds, self._seconds.get(phase, 0.0))
 
 
-_UNPROVEN: Mapping[str, Callable[[Sequence[Trace]], str]] = {
-    "deployed": deployed_unproven,
-    "pipeline": pipeline_unproven,
-}
+_FIRST = "inspection"
+"""The process in which a target is introduced and inspected."""
+
+
+def _dtype_of(name: str, dtype: str) -> str:
+    """In which dtype a scenario's engine is asked to run where the user asks for `dtype`."""
+    return "bfloat16" if name == "bfloat16" else dtype
 
 
 @contextlib.contextmanager

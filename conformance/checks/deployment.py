@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from genmodel.conformance import agreement
-from genmodel.conformance.access import every_size, inspection, rank_zero, reference, sizes
+from genmodel.conformance.access import every_size, rank_zero, reference
 from genmodel.conformance.alignment import Phase, with_reference
 from genmodel.conformance.catalogue import check
-from genmodel.conformance.verdict import Measurement, NotApplicable
+from genmodel.conformance.verdict import Measurement
 from genmodel.runners.evidence import Evidence
 
 
@@ -26,15 +26,10 @@ def compiled(evidence: Evidence) -> Iterator[Measurement]:
     Reports:
         #36637
     """
-    for size in every_size(evidence, "compiled"):
-        trace = rank_zero(evidence, "compiled", size)
-        for phase in (Phase.PROMPT, Phase.FIRST, Phase.DECODE):
-            aligned = with_reference(reference(evidence), trace, phase)
-            yield from agreement.max_difference(aligned)
-            yield from agreement.greedy_rank(aligned)
+    yield from _agrees(evidence, "compiled")
 
 
-@check(needs=("inspection", "reference", "pipeline"))
+@check(needs=("reference", "pipeline"))
 def pipeline(evidence: Evidence) -> Iterator[Measurement]:
     """Split over two pipeline stages, a model that declares SupportsPP gives the reference's answers.
 
@@ -46,13 +41,7 @@ def pipeline(evidence: Evidence) -> Iterator[Measurement]:
     Reports:
         vllm-ascend#3091 #12038
     """
-    if not inspection(evidence).supports_pipeline:
-        raise NotApplicable("the model does not declare pipeline parallelism (SupportsPP)")
-    trace = rank_zero(evidence, "pipeline", 1)
-    for phase in (Phase.PROMPT, Phase.FIRST, Phase.DECODE):
-        aligned = with_reference(reference(evidence), trace, phase)
-        yield from agreement.max_difference(aligned)
-        yield from agreement.greedy_rank(aligned)
+    yield from _agrees(evidence, "pipeline")
 
 
 @check(needs=("reference", "deployed"))
@@ -69,9 +58,30 @@ def multiprocess(evidence: Evidence) -> Iterator[Measurement]:
     Reports:
         #5657 #10238 #16228 #18740
     """
-    known, trace = reference(evidence), rank_zero(evidence, "deployed", max(sizes(evidence)))
-    for phase in Phase:
-        aligned = with_reference(known, trace, phase)
-        yield from agreement.top_k(aligned, evidence.target.top_k)
-        yield from agreement.max_difference(aligned)
-        yield from agreement.greedy_rank(aligned)
+    yield from _agrees(evidence, "deployed")
+
+
+@check(needs=("reference", "deployed_eager"))
+def eager(evidence: Evidence) -> Iterator[Measurement]:
+    """The same LLM() with enforce_eager=True, which computes each layer as it is written, gives them too.
+
+    Usual causes:
+        If deployment.multiprocess passes and this fails, a kernel that vLLM takes only where it does not
+        compile is wrong here: eager engines use vLLM's custom operators, compiled ones PyTorch's.
+    How to fix:
+        Find the operator: `compilation_config={"custom_ops": ["none"]}` turns all of them off, "-name" one.
+    Reports:
+        #36637
+    """
+    yield from _agrees(evidence, "deployed_eager")
+
+
+def _agrees(evidence: Evidence, scenario: str) -> Iterator[Measurement]:
+    """Every position of a scenario at every size against the reference, in values and in order."""
+    for size in every_size(evidence, scenario):
+        trace = rank_zero(evidence, scenario, size)
+        for phase in Phase:
+            aligned = with_reference(reference(evidence), trace, phase)
+            yield from agreement.top_k(aligned, evidence.target.top_k)
+            yield from agreement.max_difference(aligned)
+            yield from agreement.greedy_rank(aligned)

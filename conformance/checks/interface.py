@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from genmodel.conformance.access import inspection, rank_zero, sizes
+from genmodel.conformance.access import every_size, inspection, rank_zero
 from genmodel.conformance.catalogue import check
 from genmodel.conformance.verdict import Measurement, NotApplicable, row, violations
 from genmodel.runners.evidence import Evidence, Probe
@@ -192,22 +192,22 @@ def reaches_workers(evidence: Evidence) -> Iterator[Measurement]:
     Reports:
         #5657 #10238 #16228 #18740
     """
-    size = max(sizes(evidence))
-    proof = rank_zero(evidence, "deployed", size).proof
-    workers = set(proof.worker_pids) - {proof.pid}
     expected = inspection(evidence).model_class
-    where = row(size)
-    yield Measurement(
-        what="workers missing",
-        where=where,
-        measured=max(0, size - len(workers)),
-        allowed=0,
-        detail=f"{len(workers)} of {size} are processes of their own",
-    )
-    fresh = proof.start_method in FRESH_START_METHODS
-    yield violations("start methods that share memory", () if fresh else (proof.start_method,), where)
-    other = () if proof.model_class == expected else (f"{proof.model_class} instead of {expected}",)
-    yield violations("other models built by the workers", other, where)
+    for size in every_size(evidence, "deployed"):
+        proof = rank_zero(evidence, "deployed", size).proof
+        workers = set(proof.worker_pids) - {proof.pid}
+        where = row(size)
+        yield Measurement(
+            what="workers missing",
+            where=where,
+            measured=max(0, size - len(workers)),
+            allowed=0,
+            detail=f"{len(workers)} of {size} are processes of their own",
+        )
+        fresh = proof.start_method in FRESH_START_METHODS
+        yield violations("start methods that share memory", () if fresh else (proof.start_method,), where)
+        other = () if proof.model_class == expected else (f"{proof.model_class} instead of {expected}",)
+        yield violations("other models built by the workers", other, where)
 
 
 def _shape(probe: Probe, expected: tuple[int, int]) -> Measurement:

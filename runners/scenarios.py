@@ -263,8 +263,6 @@ class Deployment:
     """Engine options on top of the default ones, but for the tensor-parallel size."""
     stages: int = 1
     """Pipeline-parallel size."""
-    sizes: Callable[[Sequence[int]], Sequence[int]] = tuple
-    """At which of the tensor-parallel sizes asked for it runs."""
     inapplicable: Callable[[Inspection], str] = lambda inspection: ""
     """Why a model cannot be deployed in this way; empty if it can."""
 
@@ -324,10 +322,9 @@ DEPLOYMENTS = {
         ),
         Deployment(
             name="pipeline",
-            about="LLM(pipeline_parallel_size=2)",
+            about="LLM(tensor_parallel_size={size}, pipeline_parallel_size=2)",
             unproven=pipeline_unproven,
             stages=2,
-            sizes=lambda sizes: (1,),
             inapplicable=lambda inspection: (
                 "" if inspection.supports_pipeline else "the model does not declare pipeline parallelism (SupportsPP)"
             ),

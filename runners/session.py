@@ -326,13 +326,7 @@ class _Target:
             elif name in ("weights", "parallel_gradients"):
                 getattr(self.evidence, name).update(dict.fromkeys({1, *sizes}, why))
             else:
-                at = self._deployed_sizes(name) if name in DEPLOYMENTS else sizes
-                self.evidence.traces.update({(key, size): why for key in _pass_names(name) for size in at})
-
-    def _deployed_sizes(self, name: str) -> list[int]:
-        """The tensor-parallel sizes at which a deployment runs, the largest first."""
-        asked = [size for size in self._options.tensor_parallel_sizes if size <= self._pool.deployable]
-        return sorted(DEPLOYMENTS[name].sizes(asked), reverse=True)
+                self.evidence.traces.update({(key, size): why for key in _pass_names(name) for size in sizes})
 
     def _run(self, inspection: Inspection, drafted: Plan, wanted: set[str]) -> None:
         """Everything but the reference, in an order that keeps all ranks busy."""
@@ -340,7 +334,10 @@ class _Target:
         scenarios = [name for name in ENGINE_SCENARIOS if name in names]
         sizes = self._options.tensor_parallel_sizes
         to_deploy = [
-            (DEPLOYMENTS[name], size) for name in DEPLOYMENTS if name in names for size in self._deployed_sizes(name)
+            (deployment, size)
+            for name, deployment in DEPLOYMENTS.items()
+            for size in sorted(sizes, reverse=True)
+            if name in names and (name, size) not in self.evidence.inapplicable
         ]
         # The last rank is idle until the first engine that needs all of them.
         first = self._deploy(drafted, *to_deploy[0], self._pool.size - 1) if to_deploy and self._pool.size > 1 else None
@@ -372,6 +369,10 @@ class _Target:
         for name, reason in reasons.items():
             keys = [(key, size) for key in _pass_names(name) for size in self._options.tensor_parallel_sizes]
             self.evidence.inapplicable.update(dict.fromkeys(keys, reason))
+        for size in self._options.tensor_parallel_sizes:
+            if size > self._pool.deployable:
+                elsewhere = f"a default engine of {size} ranks needs a node with {size} devices"
+                self.evidence.inapplicable |= {(name, size): elsewhere for name in wanted & DEPLOYMENTS.keys()}
         return wanted - reasons.keys()
 
     def _compare_ranks(self, size: int, inspection: Inspection, wanted: set[str]) -> None:

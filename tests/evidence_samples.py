@@ -30,6 +30,7 @@ from genmodel.runners.evidence import (
     TargetInfo,
     Trace,
 )
+from genmodel.runners.scenarios import DEPLOYMENTS
 
 VOCABULARY = 203
 HIDDEN = 64
@@ -136,8 +137,7 @@ def clean(
             ("plain", 2): engine("plain", 2, 2),
             ("alone", 1): engine("alone", 1, 1),
             ("alone", 2): engine("alone", 2, 2),
-            ("deployed", 2): engine("deployed", 2, 1),
-            ("pipeline", 1): engine("pipeline", 1, 1),
+            **{(name, size): engine(name, size, 1) for name in DEPLOYMENTS for size in (1, 2)},
             **{(name, size): engine(name, size, size) for name in IN_PROCESS for size in (1, 2)},
             **{("bfloat16", size): rounded("bfloat16", size, size) for size in (1, 2)},
         },
@@ -478,7 +478,9 @@ FAILING: Mapping[str, Mapping[str, Corruption]] = {
     "deployment.multiprocess": {
         "shifted": lambda e: change_scores(e, shifted(1e-3), scenario="deployed"),
         "NaN": lambda e: change_scores(e, spoiled(float("nan")), scenario="deployed"),
+        "at one size": lambda e: change_scores(e, shifted(1e-3), scenario="deployed", sizes=(1,)),
     },
+    "deployment.eager": {"shifted": lambda e: change_scores(e, shifted(1e-3), scenario="deployed_eager")},
     **coded_samples.FAILING,
 }
 """By check: evidence that must fail it, each made from clean evidence and named for what is wrong."""
@@ -546,7 +548,7 @@ def _part(scores: Scores, start: int, stop: int | None) -> Scores:
 
 
 def _trace(scenario: str, size: int, rank: int, scored: tuple[Continuation, ...], dtype: str) -> Trace:
-    deployed = scenario == "deployed"
+    deployed = scenario in DEPLOYMENTS
     return Trace(
         scenario=scenario,
         tensor_parallel_size=size,
@@ -563,7 +565,7 @@ def _trace(scenario: str, size: int, rank: int, scored: tuple[Continuation, ...]
             attention_backend="CPU_ATTN",
             dtype=dtype,
             executor="mp" if deployed else "external_launcher",
-            eager=scenario not in ("deployed", "compiled"),
+            eager=scenario not in ("deployed", "pipeline", "compiled"),
             start_method="spawn" if deployed else "in-process",
             batch_sizes=(1,) * len(scored) if scenario == "alone" else (len(scored),),
             block_size=32,

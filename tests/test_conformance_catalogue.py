@@ -93,6 +93,7 @@ def test_ids_are_frozen() -> None:
         "deployment.compiled",
         "deployment.pipeline",
         "deployment.multiprocess",
+        "deployment.eager",
     ]
 
 

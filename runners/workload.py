@@ -9,7 +9,27 @@ from genmodel.runners.evidence import Request
 BLOCK_SIZE = 32
 """KV block size of the in-process engines, in tokens: what the CPU kernels like best."""
 GENERATED = 16
-"""Tokens generated per request."""
+"""Tokens that the longest request generates, to the end of what the model takes; the others end a step apart, before.
+
+So the steps of decoding have as many rows as there are requests, then one fewer each: odd numbers too, which ranks
+that deal rows out cannot share evenly.
+"""
+LONGEST_LIVED = (
+    "longest",
+    "long_prefix_a",
+    "long_prefix_b",
+    "block_filling",
+    "block_crossing",
+    "sampled",
+    "one_token",
+    "two_tokens",
+    "short",
+    "vocabulary_edges",
+    "filler",
+)
+"""Which requests generate most, in this order: those that the cache's blocks are there for."""
+RANKS = 8
+"""The rows of the first step, all prompts together, are one fewer than a multiple of this, where they fit one step."""
 
 
 def edge_tokens(vocab_size: int) -> tuple[int, ...]:
@@ -20,7 +40,7 @@ def edge_tokens(vocab_size: int) -> tuple[int, ...]:
 def shared_workload(
     vocab_size: int, max_model_len: int, seed: int, block_size: int = BLOCK_SIZE
 ) -> tuple[Request, ...]:
-    """Nine greedy requests and a sampled one, of deterministic pseudo-random tokens.
+    """Ten greedy requests and a sampled one, of deterministic pseudo-random tokens.
 
     Args:
         vocab_size: tokens are drawn uniformly from all of it, its last ids included.
@@ -55,6 +75,15 @@ def shared_workload(
         "long_prefix_b": after_prefix(11),
         "longest": tokens(room),
     }
-    greedy = [Request(name=name, prompt=prompt, max_tokens=GENERATED) for name, prompt in prompts.items()]
-    sampled = Request(name="sampled", prompt=tokens(9), max_tokens=GENERATED, temperature=1.0, seed=seed + 1234)
-    return (*greedy, sampled)
+    prompts["sampled"] = tokens(9)
+    prompts["filler"] = tokens(RANKS - 1 - sum(map(len, prompts.values())) % RANKS or RANKS)
+    return tuple(
+        Request(
+            name=name,
+            prompt=prompt,
+            max_tokens=GENERATED - LONGEST_LIVED.index(name),
+            temperature=1.0 if name == "sampled" else 0.0,
+            seed=seed + 1234 if name == "sampled" else None,
+        )
+        for name, prompt in prompts.items()
+    )

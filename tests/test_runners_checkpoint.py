@@ -180,6 +180,14 @@ def test_the_workload_reaches_what_it_is_for() -> None:
     assert sum(request.temperature > 0 for request in shared_workload(331, 256, 0)) == 1
 
 
+def test_the_rows_of_a_step_take_every_number_from_all_requests_to_one() -> None:
+    """A remainder that ranks lose when they deal rows out shows in the plain scenario."""
+    requests = shared_workload(331, 256, 0)
+    decoding = [sum(request.max_tokens > step for request in requests) for step in range(1, GENERATED)]
+    assert set(decoding) == set(range(1, len(requests) + 1))
+    assert sum(len(request.prompt) for request in requests) % 8 == 7
+
+
 def test_a_model_too_short_to_generate_is_refused() -> None:
     with pytest.raises(ValueError, match="leaves no room"):
         shared_workload(331, GENERATED, 0)

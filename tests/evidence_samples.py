@@ -523,6 +523,8 @@ def _on_path(scenario: str, continuation: Continuation) -> Continuation:
         return replace(continuation, prompt_scores=None, steps=(prompt, 1, prompt + 2, *decode[2:]))
     if scenario == "cached" or scenario.startswith("refit."):
         return replace(continuation, prompt_scores=None, cached_tokens=min(16, prompt - 1))
+    if scenario == "arrivals":
+        return replace(continuation, joined=1)
     return continuation
 
 

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+MOST_ON_CPU = 8
+"""Ranks that may share however few cores: of the small models that are checked there, several fit on one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """One of `count` equal parts, number `index`; such as that of one of several workers of pytest-xdist."""
@@ -36,13 +40,15 @@ def environment(size: int, share: Share) -> dict[str, str]:
     cores = len(_cores())
     threads = {"OMP_NUM_THREADS": str(max(1, cores // (size * share.count)))}
     if devices is None:
-        most = max(2, cores)  # two ranks fit on one core
+        most = max(MOST_ON_CPU, cores)
         if size > most:
-            raise TooSmall(_too_large(size, most, "CPU cores"))
+            raise TooSmall(
+                f"tensor-parallel size {size} is too many ranks for {cores} CPU cores: --genmodel-tp takes sizes up to {most}"
+            )
         return threads
     each = len(devices) // share.count
     if size > len(devices):
-        raise TooSmall(_too_large(size, len(devices), "CUDA devices"))
+        raise TooSmall(_too_large(size, len(devices)))
     if size > each:
         raise TooSmall(
             f"{share.count} workers of {size} ranks need {share.count * size} CUDA devices, and there are "
@@ -52,10 +58,10 @@ def environment(size: int, share: Share) -> dict[str, str]:
     return {**threads, "CUDA_VISIBLE_DEVICES": ",".join(devices[index * each : (index + 1) * each])}
 
 
-def _too_large(size: int, most: int, of_what: str) -> str:
+def _too_large(size: int, devices: int) -> str:
     return (
-        f"tensor-parallel size {size} needs as many devices, and there are {most} {of_what}: "
-        f"--genmodel-tp takes sizes up to {most}"
+        f"tensor-parallel size {size} needs as many devices, and there are {devices} CUDA devices: "
+        f"--genmodel-tp takes sizes up to {devices}"
     )
 
 

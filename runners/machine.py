@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-
 MOST_ON_CPU = 8
 """Ranks that may share however few cores: of the small models that are checked there, several fit on one."""
 
@@ -43,7 +42,8 @@ def environment(size: int, share: Share) -> dict[str, str]:
         most = max(MOST_ON_CPU, cores)
         if size > most:
             raise TooSmall(
-                f"tensor-parallel size {size} is too many ranks for {cores} CPU cores: --genmodel-tp takes sizes up to {most}"
+                f"tensor-parallel size {size} is too many ranks for {cores} CPU cores: "
+                f"--genmodel-tp takes sizes up to {most}"
             )
         return threads
     each = len(devices) // share.count

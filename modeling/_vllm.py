@@ -8,6 +8,8 @@ cannot be running it.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -61,6 +63,29 @@ def version() -> str:
     return vllm.__version__
 
 
+MOVED = {
+    "vllm.attention.backends": "vllm.v1.attention.backend",
+    "vllm.attention.layer": "vllm.model_executor.layers.attention",
+    "vllm.attention": "vllm.model_executor.layers.attention",
+    "vllm.model_executor.sampling_metadata": "vllm.v1.sample.metadata",
+    "vllm.model_executor.layers.sampler": "vllm.v1.sample.sampler",
+    "vllm.worker": "vllm.v1.worker",
+}
+"""Modules of older vLLMs that models import, and where what they held is now."""
+
+
+def whereabouts(module: str) -> str:
+    """What to say of a module that cannot be found: not installed, or gone from the installed package, and where to."""
+    package = module.partition(".")[0]
+    if package == module or importlib.util.find_spec(package) is None:
+        return "which is not installed"
+    moved = next((new for old, new in MOVED.items() if module == old or module.startswith(f"{old}.")), None)
+    known = importlib.metadata.packages_distributions().get(package)
+    owner = f"the installed {known[0]} {importlib.metadata.version(known[0])}" if known else package
+    has_not = f"which {owner} does not have"
+    return has_not if moved is None else f"{has_not}: it moved to {moved}"
+
+
 def attention_layer(
     config: VllmConfig,
     *,
@@ -109,6 +134,18 @@ def is_attention(module: nn.Module) -> bool:
     """Whether `module` is one of vLLM's KV-cached attention layers."""
     base = sys.modules.get("vllm.model_executor.layers.attention_layer_base")
     return base is not None and isinstance(module, base.AttentionLayerBase)
+
+
+def refuses_layer_name(name: str, model_type: str) -> str:
+    """Why vLLM cannot tell which layer's KV cache to file under `name`; empty if it can."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    attention_modules = 2 if model_type == "longcat_flash" else 1  # as vLLM's model runners count them
+    try:
+        extract_layer_index(name, attention_modules)
+    except (AssertionError, IndexError, ValueError) as error:
+        return str(error) or f"layer name {name} has no integer"
+    return ""
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
@@ -189,12 +226,46 @@ def register_config() -> None:
     AutoConfig.register(GenModelConfig.model_type, GenModelConfig, exist_ok=True)
 
 
+def knows_model_type(name: object) -> bool:
+    """Whether vLLM can read a config.json of this `model_type`."""
+    from transformers import CONFIG_MAPPING
+    from vllm.transformers_utils import config
+
+    register_config()
+    return name in CONFIG_MAPPING or name in vars(config).get("_CONFIG_REGISTRY", ())
+
+
+class Refused(ValueError):
+    """vLLM refuses a config or options; the message is its own reason."""
+
+
+@contextlib.contextmanager
+def _own_reason() -> Iterator[None]:
+    """Let vLLM say why, instead of "1 validation error for ModelConfig"."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        reasons = "; ".join(found["msg"].removeprefix("Value error, ") for found in error.errors())
+        raise Refused(" ".join(reasons.split())) from None
+
+
 def model_config(model_dir: str, dtype: str) -> VllmConfig:
-    """The VllmConfig vLLM would build a model of this directory from at TP=1, without any engine."""
+    """The VllmConfig vLLM would build a model of this directory from at TP=1, without any engine.
+
+    Raises:
+        Refused: if vLLM, or transformers, does not take config.json.
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     arguments: dict[str, Any] = {"dtype": dtype, "compilation_config": {"custom_ops": ["none"]}}
-    return EngineArgs(model=model_dir, skip_tokenizer_init=True, enforce_eager=True, **arguments).create_engine_config()
+    made = EngineArgs(model=model_dir, skip_tokenizer_init=True, enforce_eager=True, **arguments)
+    try:
+        with _own_reason():
+            return made.create_engine_config()
+    except Exception as error:
+        raise Refused(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def keep_imports_frozen() -> None:
@@ -352,14 +423,15 @@ def start_engine(model_dir: str, **options: Any) -> Any:
 
     if options.get("distributed_executor_backend") == "external_launcher":
         _share_memory_privately()
-    return LLM(
-        model=model_dir,
-        skip_tokenizer_init=True,
-        logprobs_mode="raw_logits",
-        max_logprobs=-1,
-        disable_log_stats=False,
-        **options,
-    )
+    with _own_reason():
+        return LLM(
+            model=model_dir,
+            skip_tokenizer_init=True,
+            logprobs_mode="raw_logits",
+            max_logprobs=-1,
+            disable_log_stats=False,
+            **options,
+        )
 
 
 def load_in_worker(
@@ -536,7 +608,10 @@ def leave_world() -> None:
 
 
 def generate(llm: Any, prompts: list[dict[str, Any]], stagger: int = 0) -> list[Any]:
-    """Run requests together; each is {"tokens", "max_tokens", "temperature", "seed", "candidates", "score_prompt"}.
+    """Run requests together.
+
+    Each is {"tokens", "max_tokens", "temperature", "seed", "candidates", "score_prompt", "embedded"}; of one that is
+    embedded the engine gets what `embed_input_ids` makes of its tokens, and not the tokens.
 
     With `stagger` they arrive that many scheduler steps apart instead of all at once.
 
@@ -557,11 +632,61 @@ def generate(llm: Any, prompts: list[dict[str, Any]], stagger: int = 0) -> list[
         )
         for p in prompts
     ]
-    tokens = [{"prompt_token_ids": list(p["tokens"])} for p in prompts]
+    tokens = [
+        {"prompt_embeds": _embed(llm, p["tokens"])} if p["embedded"] else {"prompt_token_ids": list(p["tokens"])}
+        for p in prompts
+    ]
     if stagger:
         return _arriving(llm.llm_engine, tokens, parameters, stagger)
     outputs: list[Any] = llm.generate(tokens, parameters, use_tqdm=False)
     return outputs
+
+
+def _embed(llm: Any, tokens: Sequence[int]) -> torch.Tensor:
+    """What the model of an in-process engine embeds tokens as, [tokens, hidden]; all ranks have to call this."""
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        embedded: torch.Tensor = model.embed_input_ids(torch.tensor(tokens, device=device))
+    return embedded.cpu().clone()
+
+
+@contextlib.contextmanager
+def observe_embeddings(llm: Any) -> Iterator[list[int]]:
+    """Collect, for each scheduler step of an in-process engine, how many tokens reached the model as embeddings.
+
+    Only those of requests that the worker knows by their embeddings alone are counted, and only as many rows as the
+    model's forward was given embeddings for.
+    """
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    runner, model = worker.model_runner, worker.get_model()
+    execute, found = runner.execute_model, list[int]()
+    unknown: dict[str, int] = {}
+    rows: list[int] = []
+
+    def executed(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        for request in scheduler_output.scheduled_new_reqs:
+            if request.prompt_token_ids is None and request.prompt_embeds is not None:
+                unknown[request.req_id] = len(request.prompt_embeds)
+        scheduled = scheduler_output.num_scheduled_tokens
+        prompts = {name: min(left, scheduled.get(name, 0)) for name, left in unknown.items()}
+        rows.clear()
+        result = execute(scheduler_output, *args, **kwargs)
+        found.append(min(sum(prompts.values()), sum(rows)))
+        unknown.update({name: unknown[name] - count for name, count in prompts.items()})
+        return result
+
+    def before(_: nn.Module, __: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        given = arguments.get("inputs_embeds")
+        rows.append(0 if given is None else len(given))
+
+    runner.execute_model = executed
+    hook = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        hook.remove()
+        runner.execute_model = execute
 
 
 def _arriving(engine: Any, tokens: list[Any], parameters: list[Any], stagger: int) -> list[Any]:

@@ -81,7 +81,7 @@ def resolve(spec: str, *, callable_only: bool = True) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
             raise InterfaceError(
-                f"importing {module_name} fails: it imports {error.name}, which is not installed"
+                f"importing {module_name} fails: it imports {error.name}, {_vllm.whereabouts(error.name or '')}"
             ) from error
         raise InterfaceError(
             f"no module named {error.name!r}: install it, or start with `python -m pytest`, "

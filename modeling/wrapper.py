@@ -120,9 +120,11 @@ def embedding_method(model: object) -> Callable[..., Any] | None:
     name takes nothing and returns the embedding module. All three are accepted.
     """
     method: Any = getattr(model, "embed_input_ids", None)
-    if callable(method):
-        return cast("Callable[..., Any]", method)
-    method = getattr(model, "get_input_embeddings", None)
+    return cast("Callable[..., Any]", method) if callable(method) else _older_embedding_method(model)
+
+
+def _older_embedding_method(model: object) -> Callable[..., Any] | None:
+    method: Any = getattr(model, "get_input_embeddings", None)
     if not callable(method):
         return None
     if any(p.default is p.empty for p in inspect.signature(method).parameters.values()):
@@ -132,11 +134,22 @@ def embedding_method(model: object) -> Callable[..., Any] | None:
 
 def interface_problems(model: nn.Module) -> list[str]:
     """Everything a built model lacks of vLLM's text-generation interface, one sentence each."""
+    return [*([] if embedding_method(model) is not None else [_NO_EMBEDDING]), *_other_problems(model)]
+
+
+def class_problems(model_class: type[nn.Module]) -> list[str]:
+    """The same of a vLLM-style class, before anything is built."""
+    embeds = any(callable(getattr(model_class, name, None)) for name in ("embed_input_ids", "get_input_embeddings"))
+    return [*([] if embeds else [_NO_EMBEDDING]), *_other_problems(model_class)]
+
+
+_NO_EMBEDDING = f"no {REQUIRED_METHODS['embed_input_ids']} (nor the older get_input_embeddings)"
+
+
+def _other_problems(model: nn.Module | type[nn.Module]) -> list[str]:
     problems = []
-    if embedding_method(model) is None:
-        problems.append(f"no {REQUIRED_METHODS['embed_input_ids']} (nor the older get_input_embeddings)")
-    forward = type(model).forward
-    if forward is nn.Module.forward:
+    defines = model if isinstance(model, type) else type(model)
+    if defines.forward is nn.Module.forward:
         problems.append(f"no {REQUIRED_METHODS['forward']}")
     else:
         lacking = [name for name in FORWARD_KEYWORDS[:2] if not accepts(model.forward, name)]
@@ -245,15 +258,17 @@ def _requires(method: Callable[..., Any], count: int) -> bool:
 def as_model_class(target: Factory | str, name: str | None = None) -> type[nn.Module]:
     """The nn.Module class for vLLM's `ModelRegistry.register_model(arch, cls)`.
 
-    A vLLM-style class, one whose constructor takes `vllm_config` and `prefix`, is returned as it is;
-    anything else is wrapped in a `CallableModelWrapper`.
+    A vLLM-style class, one whose constructor takes `vllm_config` and `prefix`, is returned as it is, or as a subclass
+    of the same name that has `embed_input_ids` where it has only the older `get_input_embeddings`; anything else is
+    wrapped in a `CallableModelWrapper`.
 
     Args:
         target: a class, function, lambda, closure, callable object or "module:attr".
         name: the class's name in logs; by default derived from the target.
 
     Raises:
-        InterfaceError: if the target is not callable, or its signature asks for too much.
+        InterfaceError: if the target is not callable, its signature asks for too much, or a vLLM-style class lacks
+            methods.
     """
     if isinstance(target, str):
         from genmodel.modeling.registration import resolve
@@ -262,12 +277,34 @@ def as_model_class(target: Factory | str, name: str | None = None) -> type[nn.Mo
     if not callable(target):
         raise InterfaceError(f"a target must be callable, and {target!r} is a {type(target).__name__}")
     if isinstance(target, type) and is_vllm_style(target):
-        return target
+        problems = class_problems(target)
+        if problems:
+            raise InterfaceError(f"{describe(target)} does not have vLLM's interface: {'; '.join(problems)}")
+        return target if hasattr(target, "embed_input_ids") else _embedding_by_old_name(target)
     factory_arguments(target, None, ParallelContext())
     name = name or getattr(target, "__name__", type(target).__name__).replace("<lambda>", "Lambda")
     # What a factory declares for vLLM (supports_pp, supports_lora, ...) vLLM reads from the class.
     declared = {key: value for key, value in getattr(target, "__dict__", {}).items() if key.startswith("supports_")}
     return type(name, (CallableModelWrapper,), {"target": (target,), "__module__": __name__, **declared})
+
+
+def _embedding_by_old_name(model_class: type[nn.Module]) -> type[nn.Module]:
+    """A subclass with `embed_input_ids`, which vLLM asks for, that in all else passes for the class itself."""
+
+    def embed_input_ids(self: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings, [tokens] -> [tokens, hidden]."""
+        method = _older_embedding_method(self)
+        assert method is not None  # the class has it
+        embedded: torch.Tensor = method(input_ids)
+        return embedded
+
+    same = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(model_class.__name__, (model_class,), {**same, "embed_input_ids": embed_input_ids})
+
+
+def placeholder(target: type[nn.Module], name: str) -> type[nn.Module]:
+    """A class that vLLM takes for complete, whatever the target lacks: to read a config by, not to run."""
+    return type(name, (CallableModelWrapper,), {"target": (target,), "__module__": __name__})
 
 
 def is_vllm_style(target: object) -> bool:

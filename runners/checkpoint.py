@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -163,19 +163,39 @@ def save_refit_weights(directory: Path, seed: int) -> None:
     (other / "config.json").write_text((directory / "config.json").read_text())
 
 
+def _check_index(path: Path) -> None:
+    """Raise ValueError if the index of a checkpoint in several files names one that is not there."""
+    try:
+        named = set(json.loads(path.read_text())["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not an index of safetensors files: {error}") from None
+    absent = sorted(str(name) for name in named if not (path.parent / str(name)).is_file())
+    if absent:
+        raise ValueError(f"{path} names {', '.join(absent[:3])}, which is not there")
+
+
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
     """Every tensor of every safetensors file in the directory, on the CPU, by name.
 
     Raises:
-        ValueError: if there is none, or a tensor holds NaN or infinity.
+        ValueError: if there is none, one cannot be read or is not there though the index names it, or a tensor holds
+            NaN or infinity; the message names the file.
     """
     tensors: dict[str, torch.Tensor] = {}
     files = sorted(directory.glob("*.safetensors"))
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        if not path.is_file():  # or reading a pipe would wait for ever
+            raise ValueError(f"{path} {'leads nowhere' if path.is_symlink() else 'is not a file'}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError) as error:
+            size = path.stat().st_size
+            raise ValueError(f"{path} ({size} bytes) cannot be read as safetensors: {error}") from None
     if not files:
         raise ValueError(f"no *.safetensors file in {directory}")
+    for index in directory.glob("*.safetensors.index.json"):
+        _check_index(index)
     bad = [
         name
         for name, tensor in tensors.items()

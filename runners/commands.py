@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import platform
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from genmodel import __version__
 from genmodel.modeling import _vllm
 from genmodel.modeling.registration import register_model, resolve
-from genmodel.modeling.wrapper import InterfaceError
+from genmodel.modeling.wrapper import InterfaceError, is_vllm_style, placeholder
 from genmodel.runners import (
     checkpoint,
     choices,
@@ -86,7 +87,9 @@ class State:
         """Start an engine that `stop_engine` will end."""
         self.register(spec)
         with self.phase("starting the engine"):
-            self._engine = _vllm.start_engine(spec.directory, **{"dtype": spec.dtype, "seed": spec.seed, **options})
+            # Engines of other options build the model at another state of the random number generators.
+            state = zlib.crc32(f"{spec.seed} {sorted(options.items())}".encode())
+            self._engine = _vllm.start_engine(spec.directory, **{"dtype": spec.dtype, "seed": state, **options})
         self.weights = "initial"
         if self.recorder is not None:
             self.recorder.attach(self._engine)
@@ -158,6 +161,8 @@ def introduce(
     source = str(own) if config is None and own is not None and own.is_file() else config
     tiny = source == hugging_face.TINY or (source is None and spec.architecture is not None)
     found = None if tiny else _load_config(source)
+    if found is not None:
+        _require_known_type(found, source or "")
     independent = None if chosen is None else _reference_class(replace(spec, reference=chosen), found)
     about = config or ("genmodel's tiny default" if weights is None else "beside the weights")
     if tiny and hugging_face.is_class(independent):
@@ -189,17 +194,34 @@ def _environment() -> dict[str, str]:
     }
 
 
-def prepare(state: State, spec: Spec, config: dict[str, Any], weights: str | None) -> Inspection:
-    """Write the checkpoint and inspect the target; the first command of every target, on rank 0."""
+def prepare(state: State, spec: Spec, config: dict[str, Any], config_from: str, weights: str | None) -> Inspection:
+    """Write the checkpoint and inspect the target; the first command of every target, on rank 0.
+
+    `config_from` says in words where the config is from.
+    """
     directory = Path(spec.directory)
     with state.phase("inspecting the target"):
         checkpoint.write_config(directory, config, spec.arch, spec.dtype)
-        state.register(spec)
-        found, geometry = inspection.inspect_target(
-            state.target(spec), spec.directory, spec.arch, reads_config=spec.architecture is not None
-        )
+        try:
+            state.register(spec)
+        except InterfaceError:
+            if not is_vllm_style(state.target(spec)):
+                raise
+            # Engines fail for it; the inspection says the same and what else there is.
+            _vllm.register(spec.arch, placeholder(state.target(spec), spec.arch))
+        try:
+            found, geometry = inspection.inspect_target(
+                state.target(spec), spec.directory, spec.arch, reads_config=spec.architecture is not None
+            )
+        except _vllm.Refused as error:
+            raise Unusable(f"vLLM refuses the config ({config_from}): {error}") from None
         if geometry:
             checkpoint.write_config(directory, {**config, **geometry}, spec.arch, spec.dtype)
+        if "auto_map" in config:
+            note = (
+                f"auto_map is not followed: the config is the installed one of model_type {config.get('model_type')!r}"
+            )
+            found = replace(found, notes=(*found.notes, note))
     with state.phase("making the weights"):
         made = _make_weights(state, spec) if weights is None or spec.names is not None else {}
         made = _under_own_names(state, spec, made)
@@ -525,15 +547,30 @@ def _load_config(source: str | None) -> dict[str, Any]:
         return dict(checkpoint.TINY_CONFIG)
     if not source.endswith(".json"):
         return _config_object(source)
+    path = Path(source)
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise Unusable(f"--genmodel-config={source} is not a file")
     try:
-        found = json.loads(Path(source).read_text())
+        found = json.loads(path.read_text())
     except OSError as error:
         raise Unusable(f"--genmodel-config={source}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise Unusable(f"--genmodel-config={source} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise Unusable(f"--genmodel-config={source} holds a {type(found).__name__}, not an object with named settings")
     return found
+
+
+def _require_known_type(config: Mapping[str, Any], source: str) -> None:
+    """Configs are read by transformers and vLLM, here and in every process that vLLM starts."""
+    kind = config.get("model_type")
+    if kind is None or _vllm.knows_model_type(kind):
+        return
+    remote = " (its auto_map asks for code of its own, which is not run)" if "auto_map" in config else ""
+    raise Unusable(
+        f"--genmodel-config={source}: neither transformers nor vLLM knows model_type {kind!r}{remote}: import what "
+        "registers it from the target's module, or leave model_type out, and every setting is an attribute of hf_config"
+    )
 
 
 def _config_object(source: str) -> dict[str, Any]:

@@ -48,6 +48,10 @@ def trace(
         weights: which weights the model holds.
         in_process: whether the scheduler lives in this process and can be observed.
     """
+    if through.random_state is not None:
+        torch.manual_seed(through.random_state)
+    random_state = torch.initial_seed()
+    embedded_tokens = 0
     continuations: list[Continuation] = []
     sizes: list[int] = []
     for requests in through.batches(plan):
@@ -59,6 +63,7 @@ def trace(
                 "seed": r.seed,
                 "candidates": candidates(plan.vocab_size),
                 "score_prompt": through.score_prompt,
+                "embedded": through.embedded,
             }
             for r in requests
         ]
@@ -66,8 +71,10 @@ def trace(
             _vllm.observe_schedule(llm) if in_process else contextlib.nullcontext([])
         )
         scarce = _vllm.scarce_cache(llm, len(requests)) if through.scarce else contextlib.nullcontext()
-        with scarce, observed as steps:
+        embeddings = _vllm.observe_embeddings(llm) if through.embedded else contextlib.nullcontext([])
+        with scarce, observed as steps, embeddings as embedded:
             outputs = _vllm.generate(llm, prompts, through.stagger)
+        embedded_tokens += sum(embedded)
         sizes.append(max((len(step) for step in steps), default=0))
         continuations += [_continuation(r, o, steps) for r, o in zip(requests, outputs, strict=True)]
     facts = _vllm.engine_facts(llm)  # now, for vLLM may compile at the first requests
@@ -94,6 +101,8 @@ def trace(
             block_size=facts["block_size"],
             compiled_models=min(w["compiled_models"] for w in facts["workers"]),
             compiled_graphs=min(w["compiled_graphs"] for w in facts["workers"]),
+            random_state=random_state,
+            embedded_tokens=embedded_tokens,
         ),
     )
 

@@ -132,6 +132,10 @@ class Proof:
     """Modules that vLLM compiles (those of classes with its @support_torch_compile), on the rank with the fewest."""
     compiled_graphs: int = 0
     """Graphs that vLLM has compiled for them, or loaded from its cache, likewise."""
+    random_state: int | None = None
+    """The seed of PyTorch's random number generators when the first request was handed over."""
+    embedded_tokens: int = 0
+    """Prompt tokens that reached the model as embeddings, of requests whose token ids the engine never had."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +192,8 @@ class AttentionInfo:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    refused: str = ""
+    """Why vLLM cannot file a KV cache under this prefix; empty if it can."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +248,19 @@ class Inspection:
     """True if the factory never read its config, so that the geometry was inferred from the model."""
     ties_embeddings: bool | None = None
     """`tie_word_embeddings` in config.json; None if it says nothing."""
+    takes_embeddings: bool = False
+    """Whether forward has an argument `inputs_embeds`."""
+    embeds: Probe | None = None
+    """Of forward(inputs_embeds=embed_input_ids(ids)); None if it was not called."""
+    embeds_difference: float | None = None
+    """Largest |hidden states - those of forward(ids)|, in float32; None if one of the two gave none of that shape."""
+    changed_arguments: tuple[str, ...] = ()
+    """Tensors that a method was handed and changed in place, such as "positions by forward"."""
+    rebuilt_difference: float | None = None
+    """Largest |logits - logits of a second build| with the same weights in both, built at another state of the random
+    number generators; None if the builds cannot be compared."""
+    rebuilt_buffers: tuple[str, ...] = ()
+    """Buffers that differ between the two and are in no checkpoint."""
     notes: tuple[str, ...] = ()
 
 

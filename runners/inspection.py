@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import types
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,13 +19,16 @@ from genmodel.modeling import _vllm
 from genmodel.modeling.attention import TrainableAttention
 from genmodel.modeling.wrapper import (
     InterfaceError,
+    accepts,
     as_model_class,
+    describe,
     embedding_method,
     interface_problems,
     is_vllm_style,
 )
 from genmodel.runners import standalone
 from genmodel.runners.evidence import AttentionInfo, Inspection, ParameterInfo, Probe
+from genmodel.runners.protocol import Unusable
 
 PROBE_TOKENS = 7
 
@@ -57,6 +60,8 @@ def inspect_target(
         the model's own values: empty for a model that reads its config.
 
     Raises:
+        InterfaceError: if the model has no parameters.
+        Unusable: if it has no vocabulary.
         Exception: whatever building raises.
     """
     config = _vllm.model_config(model_dir, "float32")
@@ -66,15 +71,29 @@ def inspect_target(
         for parameter in first.model.parameters():
             torch.nn.init.normal_(parameter.data, std=0.05)
         parameters = _parameters(first.model)
+        if not parameters:
+            raise InterfaceError(
+                f"the {type(first.model).__name__} built by {describe(target)} has no parameters: make its layers in "
+                "__init__ and assign them to self, so that weights can be loaded"
+            )
         problems = interface_problems(first.model)
-        embed, forward, logits = _probe(first)
-        attention = tuple(attention_layers(first.model))
+        probed = _probe(first)
+        kept = _Kept.of(first.model)
+        model_type = str(hf_config.model_type)
+        attention = tuple(
+            replace(layer, refused=_vllm.refuses_layer_name(layer.prefix, model_type))
+            for layer in attention_layers(first.model)
+        )
         unregistered = tuple(_unregistered(first.model))
         model_class = f"{type(first.model).__module__}.{type(first.model).__qualname__}"
         native, compiles = first.native, _vllm.compiles(first.model)
         configured = int(config.model_config.max_model_len)
         limit = _longest(first, configured)
-    rebuilt = _build_parameters(target, model_dir)
+        takes_embeddings = accepts(first.model.forward, "inputs_embeds")
+    with standalone.build(target, _vllm.model_config(model_dir, "float32"), torch.float32) as second:
+        rebuilt = _parameters(second.model)
+        difference, buffers = _compare_builds(second, kept, probed)
+    embed, forward, logits = probed.embed, probed.forward, probed.logits
     geometry = {} if reads_config else _geometry(hf_config, embed, logits, attention, limit)
     ignores = False
     if geometry:
@@ -85,8 +104,14 @@ def inspect_target(
         ignores = moved is not None and moved == rebuilt
     if not ignores:
         geometry = {}
-    model_class_for_vllm = as_model_class(target, name=arch)
+    try:
+        model_class_for_vllm = as_model_class(target, name=arch)
+    except InterfaceError:
+        model_class_for_vllm = target  # a vLLM-style class that lacks methods: `problems` has them
     accepted, said = _vllm.is_text_generation_model(model_class_for_vllm)
+    vocabulary = geometry.get("vocab_size", hf_config.vocab_size)
+    if vocabulary < 2:
+        raise Unusable(f"vocab_size is {vocabulary}: there is nothing to choose between with fewer than 2 tokens")
     return Inspection(
         kind=kind(target),
         signature=f"{getattr(target, '__name__', type(target).__name__)}{inspect.signature(target)}",
@@ -96,7 +121,7 @@ def inspect_target(
         vllm_accepts=accepted,
         vllm_says=said,
         parameters=parameters,
-        rebuilt_parameters=rebuilt or {},
+        rebuilt_parameters=rebuilt,
         unregistered=unregistered,
         attention=attention,
         embed=embed,
@@ -104,12 +129,18 @@ def inspect_target(
         logits=logits,
         probe_tokens=PROBE_TOKENS,
         hidden_size=geometry.get("hidden_size", hf_config.hidden_size),
-        vocab_size=geometry.get("vocab_size", hf_config.vocab_size),
+        vocab_size=vocabulary,
         max_positions=geometry.get("max_position_embeddings", configured),
         supports_pipeline=_vllm.supports_pipeline(model_class_for_vllm),
         compiles=compiles,
         ignores_config=ignores,
         ties_embeddings=json.loads(Path(model_dir, "config.json").read_text()).get("tie_word_embeddings"),
+        takes_embeddings=takes_embeddings,
+        embeds=probed.embeds,
+        embeds_difference=probed.embeds_difference,
+        changed_arguments=tuple(dict.fromkeys(probed.changed)),
+        rebuilt_difference=difference,
+        rebuilt_buffers=buffers,
         notes=tuple(
             f"{name} is {value}, taken from the model: it does not read its config" for name, value in geometry.items()
         ),
@@ -137,16 +168,14 @@ class _Explained:
 
 
 def _build_parameters(target: Any, model_dir: str, **overrides: int) -> dict[str, ParameterInfo] | None:
-    """Names and shapes of a fresh build; None if a config so changed cannot be built."""
+    """Names and shapes of a build of another geometry; None if a config so changed cannot be built."""
     config = _vllm.model_config(model_dir, "float32")
     for name, value in overrides.items():
         setattr(config.model_config.hf_config, name, value)
     try:
         with standalone.build(target, config, torch.float32) as built:
             return _parameters(built.model)
-    except Exception:
-        if not overrides:
-            raise
+    except Exception:  # noqa: BLE001 - however it refuses
         return None  # a model may refuse a changed geometry, which also shows that it reads it
 
 
@@ -176,39 +205,140 @@ class _Reads(TorchFunctionMode):
         return tuple(name for name, parameter in self._named if id(parameter) in self._seen)
 
 
-def _probe(built: standalone.Standalone) -> tuple[Probe, Probe, Probe]:
-    ids, positions = torch.arange(PROBE_TOKENS), torch.arange(PROBE_TOKENS)
-    model: Any = built.model
-    hidden: list[torch.Tensor] = []
+@dataclass(slots=True, kw_only=True)
+class _Probed:
+    """What calling a model's methods once gave."""
 
-    def forward() -> Any:
-        hidden.append(model(input_ids=ids, positions=positions))
-        return hidden[0]
+    embed: Probe
+    forward: Probe
+    logits: Probe
+    scores: Any
+    """What compute_logits returned, if anything."""
+    embeds: Probe | None = None
+    embeds_difference: float | None = None
+    changed: list[str] = field(default_factory=list)
 
-    n = PROBE_TOKENS
+
+def _probe(built: standalone.Standalone) -> _Probed:
+    n, model = PROBE_TOKENS, cast("Any", built.model)
+    changed: list[str] = []
+
+    def call(name: str, shown: str, function: Callable[..., Any], **given: Any) -> tuple[Probe, Any]:
+        tensors = {key: value for key, value in given.items() if isinstance(value, torch.Tensor)}
+        before = {key: value.clone() for key, value in tensors.items()}
+        found = _call(shown, lambda: function(**given))
+        changed.extend(f"{key} by {name}" for key, value in tensors.items() if not _same(value, before[key]))
+        return found
+
+    def embed_ids(input_ids: torch.Tensor) -> Any:
+        return _embedding(model)(input_ids)
+
+    def score(hidden_states: Any) -> Any:
+        return model.compute_logits(hidden_states)
+
+    def ids() -> torch.Tensor:
+        return torch.arange(n)
+
     with _Reads(built.model) as reads:
-        embed = _call(f"embed_input_ids(input_ids[{n}])", lambda: _embedding(model)(ids))
+        embed, embedded = call("embed_input_ids", f"embed_input_ids(input_ids[{n}])", embed_ids, input_ids=ids())
     embed = replace(embed, reads=reads.names)
-    ran = _call(f"forward(input_ids=[{n}], positions=[{n}])", forward)
+    shown = f"forward(input_ids=[{n}], positions=[{n}])"
+    forward, hidden = call("forward", shown, model, input_ids=ids(), positions=ids())
+    embeds: Probe | None = None
+    difference: float | None = None
+    if embed.shape is not None and accepts(model.forward, "inputs_embeds"):
+        shown = f"forward(input_ids=None, positions=[{n}], inputs_embeds=[{n}, hidden])"
+        embeds, again = call("forward", shown, model, input_ids=None, positions=ids(), inputs_embeds=embedded)
+        difference = _difference(again, hidden)
     with _Reads(built.model) as reads:
-        logits = _call(f"compute_logits(hidden_states[{n}, hidden])", lambda: model.compute_logits(hidden[0]))
-    return embed, ran, replace(logits, reads=reads.names)
+        shown = f"compute_logits(hidden_states[{n}, hidden])"
+        logits, scores = call("compute_logits", shown, score, hidden_states=hidden)
+    return _Probed(
+        embed=embed,
+        forward=forward,
+        logits=replace(logits, reads=reads.names),
+        scores=scores,
+        embeds=embeds,
+        embeds_difference=difference,
+        changed=changed,
+    )
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """To the last bit, and NaN is itself."""
+    return (
+        ours.shape == theirs.shape
+        and ours.dtype == theirs.dtype
+        and bool(((ours == theirs) | ((ours != ours) & (theirs != theirs))).all())
+    )
+
+
+def _difference(ours: Any, theirs: Any) -> float | None:
+    """Largest |ours - theirs|; None unless both are tensors of one shape."""
+    if not (isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)) or ours.shape != theirs.shape:
+        return None
+    if _same(ours, theirs):
+        return 0.0
+    return float((ours.double() - theirs.double()).abs().max())
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A build's state: what a checkpoint has, and the buffers that none has."""
+
+    saved: Mapping[str, torch.Tensor]
+    unsaved: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Kept:
+        state = model.state_dict(keep_vars=True)
+        saved = {name: _local(tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+        buffers = {name: _local(buffer) for name, buffer in model.named_buffers() if name not in saved}
+        return cls(
+            {name: tensor.detach().clone() for name, tensor in saved.items()},
+            {name: tensor.detach().clone() for name, tensor in buffers.items()},
+        )
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a distributed tensor; there is one rank, so all of it."""
+    part = getattr(tensor, "to_local", None)
+    return tensor if part is None else cast("torch.Tensor", part())
+
+
+def _compare_builds(
+    second: standalone.Standalone, first: _Kept, probed: _Probed
+) -> tuple[float | None, tuple[str, ...]]:
+    """How far a second build with the first one's weights is from it, and which of its buffers differ."""
+    unsaved = _Kept.of(second.model).unsaved
+    different = tuple(
+        name for name in first.unsaved.keys() & unsaved.keys() if not _same(first.unsaved[name], unsaved[name])
+    )
+    state = {n: _local(t) for n, t in second.model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in first.saved.items()}:
+        return None, different
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(first.saved[name])
+    return _difference(_probe(second).scores, probed.scores), different
 
 
 def _embedding(model: Any) -> Callable[..., Any]:
     return embedding_method(model) or model.embed_input_ids
 
 
-def _call(call: str, function: Callable[[], Any]) -> Probe:
+def _call(call: str, function: Callable[[], Any]) -> tuple[Probe, Any]:
+    """What a call showed, and what it returned."""
     try:
         with torch.no_grad():
             value = function()
     except Exception as error:  # noqa: BLE001 - whatever a model raises is the finding
         message = str(error).strip().splitlines() or [""]
-        return Probe(call=call, shape=None, dtype=None, error=f"{type(error).__name__}: {message[0]}")
+        return Probe(call=call, shape=None, dtype=None, error=f"{type(error).__name__}: {message[0]}"), None
     if not isinstance(value, torch.Tensor):
-        return Probe(call=call, shape=None, dtype=None, error=f"returned a {type(value).__name__}, not a tensor")
-    return Probe(call=call, shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."))
+        error = f"returned a {type(value).__name__}, not a tensor"
+        return Probe(call=call, shape=None, dtype=None, error=error), value
+    return Probe(call=call, shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch.")), value
 
 
 def attention_layers(model: nn.Module) -> Iterator[AttentionInfo]:
@@ -264,7 +394,7 @@ def _longest(built: standalone.Standalone, configured: int) -> int:
     limit = configured
     while limit > 32:
         last = torch.tensor([limit - 1])
-        probe = _call("", lambda last=last: built.model(input_ids=torch.zeros_like(last), positions=last))  # type: ignore[misc]
+        probe, _ = _call("", lambda last=last: built.model(input_ids=torch.zeros_like(last), positions=last))  # type: ignore[misc]
         if probe.error is None or not probe.error.startswith("IndexError"):
             break
         limit //= 2

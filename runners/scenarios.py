@@ -62,6 +62,10 @@ class Pass:
     """Scheduler steps between the arrivals of two requests of a batch; 0 means all at once."""
     scarce: bool = False
     """Take the free blocks of the KV cache away once all requests are being continued, until one is preempted."""
+    random_state: int | None = None
+    """What PyTorch's random number generators are seeded with first; None leaves them as they are."""
+    embedded: bool = False
+    """Hand prompts over as the embeddings of their tokens, and not as token ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,9 +146,14 @@ def _few(plan: Plan) -> Batches:
     return [few, [_again(request) for request in few]]
 
 
+def _few_short(plan: Plan) -> Batches:
+    named = _named(plan, "one_token", "vocabulary_edges", "short", "block_crossing")
+    return [[replace(request, max_tokens=min(4, request.max_tokens)) for request in named]]
+
+
 def reads_cache(scenario: Scenario) -> bool:
     """Whether some of its requests read vLLM's prefix cache, which those whose prompts are scored do not."""
-    return any(not through.score_prompt for through in scenario.passes)
+    return any(not through.score_prompt and not through.embedded for through in scenario.passes)
 
 
 def engines(names: Sequence[str], plan: Plan) -> list[list[str]]:
@@ -222,6 +231,21 @@ def _cached_unproven(traces: Sequence[Trace], asked: Asked) -> str:
 def _preempted_unproven(traces: Sequence[Trace], asked: Asked) -> str:
     resumed = [c for c in traces[0].continuations if c.resumed_at]
     return _eager_unproven(traces, asked) if resumed else "no request was preempted"
+
+
+def _repeated_unproven(traces: Sequence[Trace], asked: Asked) -> str:
+    states = [trace.proof.random_state for trace in traces]
+    if len(set(states)) < len(traces):
+        return f"the random number generators began at the same state: {states}"
+    return _eager_unproven(traces, asked)
+
+
+def _embedded_unproven(traces: Sequence[Trace], asked: Asked) -> str:
+    (trace,) = traces
+    tokens = sum(len(c.request.prompt) for c in trace.continuations)
+    if trace.proof.embedded_tokens < tokens:
+        return f"of {tokens} prompt tokens, the model was given {trace.proof.embedded_tokens} as embeddings alone"
+    return _eager_unproven(traces, asked)
 
 
 def _refit_unproven(traces: Sequence[Trace], asked: Asked) -> str:
@@ -344,6 +368,14 @@ ENGINE_SCENARIOS = {
         Scenario(name="plain", passes=(Pass(name="plain", batches=_together),), unproven=_plain_unproven),
         Scenario(name="alone", passes=(Pass(name="alone", batches=_one_by_one),), unproven=_alone_unproven),
         Scenario(
+            name="repeated",
+            passes=(
+                Pass(name="repeated.first", batches=_few_short, random_state=1),
+                Pass(name="repeated.second", batches=_few_short, random_state=2),
+            ),
+            unproven=_repeated_unproven,
+        ),
+        Scenario(
             name="arrivals",
             passes=(Pass(name="arrivals", batches=_backwards, stagger=2),),
             unproven=_arrivals_unproven,
@@ -376,6 +408,15 @@ ENGINE_SCENARIOS = {
             passes=(Pass(name="preempted", batches=_crowd, score_prompt=False, scarce=True),),
             unproven=_preempted_unproven,
             options=_nothing_cached,
+        ),
+        Scenario(
+            name="embeds",
+            passes=(Pass(name="embeds", batches=_few_short, score_prompt=False, embedded=True),),
+            unproven=_embedded_unproven,
+            options=lambda plan: {"enable_prompt_embeds": True, "enable_prefix_caching": False},
+            inapplicable=lambda inspection: (
+                "" if inspection.takes_embeddings else "the model's forward has no argument inputs_embeds"
+            ),
         ),
         Scenario(
             name="compiled",

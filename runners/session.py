@@ -312,8 +312,14 @@ class _Target:
 
     def _inspect(self) -> None:
         self._say("building and inspecting the model, making its checkpoint")
+        about = self.evidence.target.config
         self.evidence.inspection = self._ask(
-            "prepare", "inspection", process=_FIRST, config=self._config, weights=self._weights
+            "prepare",
+            "inspection",
+            process=_FIRST,
+            config=self._config,
+            config_from=about,
+            weights=self._weights,
         )
 
     def _blame(self, failure: Failure, scenarios: set[str]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -67,6 +70,7 @@ def build(
         Exception: whatever the factory raises.
     """
     vllm_config.model_config.dtype = dtype
+    _leave_random_state(0 if context is None else context.get_tensor_parallel_rank())
     if hugging_face.is_class(target):
         yield Standalone(hugging_face.build(target, Path(vllm_config.model_config.model), dtype), False, vllm_config)
         return
@@ -86,6 +90,20 @@ def build(
         for module in native:
             module.forward = _dense_attention(module)
         yield Standalone(model.to(dtype).eval(), bool(native), vllm_config)
+
+
+_BUILDS = itertools.count(1)
+
+
+def _leave_random_state(rank: int) -> None:
+    """Let every build, and every rank's, begin at a state of the random number generators that no other began at.
+
+    What a model draws at random while it is built is not in its checkpoint, and not the same in an engine.
+    """
+    seed = 1_000_003 * next(_BUILDS) + rank
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the state that a model would draw from
 
 
 def _build_plain(target: Any, vllm_config: Any, dtype: torch.dtype, context: ParallelContext) -> nn.Module | None:

@@ -46,6 +46,20 @@ def lacks_methods(vllm_config: Any, parallel_context: ParallelContext) -> nn.Mod
     return Bare()
 
 
+def no_parameters(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
+    class Empty(nn.Module):
+        def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(*input_ids.shape, 128)
+
+        def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return self.embed_input_ids(positions)
+
+        def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(hidden_states), 331)
+
+    return Empty()
+
+
 def small_heads(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
     """Heads of 16, which vLLM's CPU kernels do not take."""
     config = dense.Config.from_hf(vllm_config.model_config.hf_config)

@@ -47,6 +47,9 @@ IN_PROCESS = (
     "cached",
     "preempted",
     "compiled",
+    "embeds",
+    "repeated.first",
+    "repeated.second",
     "refit.before",
     "refit.identity",
     "refit.restored",
@@ -328,10 +331,34 @@ FAILING: Mapping[str, Mapping[str, Corruption]] = {
         "with a reason": lambda e: change_inspection(e, vllm_accepts=False, vllm_says="no compute_logits"),
         "without": lambda e: change_inspection(e, vllm_accepts=False, vllm_says=""),
     },
+    "interface.arguments_kept": {
+        "positions": lambda e: change_inspection(e, changed_arguments=("positions by forward",)),
+    },
+    "interface.inputs_embeds": {
+        "ignored": lambda e: change_inspection(e, embeds=_probe(None, "TypeError: no"), embeds_difference=None),
+        "scaled": lambda e: change_inspection(e, embeds_difference=1e-7),
+        "NaN": lambda e: change_inspection(e, embeds_difference=float("nan")),
+    },
+    "interface.random_state": {
+        "a buffer": lambda e: change_inspection(e, rebuilt_difference=1e-6, rebuilt_buffers=("jitter",)),
+        "NaN": lambda e: change_inspection(e, rebuilt_difference=float("nan")),
+    },
+    "interface.repeatable": {
+        "dropout": lambda e: change_scores(e, scaled(1.001), scenario="repeated.second", sizes=(2,)),
+        "other tokens": lambda e: change_scores(e, swapped(0, 150), scenario="repeated.second"),
+        "NaN": lambda e: change_scores(e, spoiled(float("nan")), scenario="repeated.second"),
+    },
+    "interface.prompt_embeddings": {
+        "first token": lambda e: change_scores(e, shifted(1e-3), scenario="embeds", phases=(Phase.FIRST,)),
+        "decode": lambda e: change_scores(e, swapped(0, 9), scenario="embeds", phases=(Phase.DECODE,), sizes=(2,)),
+    },
     "interface.parameters_registered": {"in a list": lambda e: change_inspection(e, unregistered=("layers[0]",))},
     "interface.attention_prefixes": {
         "shared": lambda e: change_inspection(e, attention=_prefixed("a", "a")),
         "empty": lambda e: change_inspection(e, attention=_prefixed("a", "")),
+        "no number": lambda e: change_inspection(
+            e, attention=tuple(replace(layer, refused="no integer") for layer in _prefixed("a", "b"))
+        ),
     },
     "interface.rebuild": {
         "renamed": lambda e: change_inspection(e, rebuilt_parameters={"other": ParameterInfo(**_PARAMETER)}),
@@ -521,7 +548,7 @@ def _on_path(scenario: str, continuation: Continuation) -> Continuation:
         return replace(continuation, steps=(5, prompt - 5, *decode))
     if scenario == "preempted":
         return replace(continuation, prompt_scores=None, steps=(prompt, 1, prompt + 2, *decode[2:]))
-    if scenario == "cached" or scenario.startswith("refit."):
+    if scenario in ("cached", "embeds") or scenario.startswith("refit."):
         return replace(continuation, prompt_scores=None, cached_tokens=min(16, prompt - 1))
     if scenario == "arrivals":
         return replace(continuation, joined=1)
@@ -599,6 +626,10 @@ def _inspection(vocabulary: int) -> Inspection:
         supports_pipeline=True,
         ignores_config=False,
         ties_embeddings=False,
+        takes_embeddings=True,
+        embeds=_probe((7, HIDDEN)),
+        embeds_difference=0.0,
+        rebuilt_difference=0.0,
     )
 
 

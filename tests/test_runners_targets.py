@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from genmodel.conformance import catalogue
 from genmodel.conformance.verdict import Status
 from genmodel.runners.checkpoint import TINY_CONFIG
 from genmodel.runners.evidence import Failure, Inspection
+from genmodel.runners.scenarios import ENGINE_SCENARIOS
 from genmodel.runners.session import Session, TargetOptions, UnusableTarget
 
 DENSE = "genmodel.reference_models.dense:factory"
@@ -36,6 +38,10 @@ def session() -> Iterator[Session]:
         ("no_such_module:factory", "no module named 'no_such_module'.*python -m pytest"),
         ("bad_targets:raise", "bad_targets has no attribute 'raise'; did you mean raises?"),
         ("bad_targets:not_callable", "bad_targets:not_callable is a dict"),
+        (
+            "imports_what_moved:factory",
+            "vllm.attention, which the installed vllm.* does not have: it moved to vllm.model",
+        ),
     ],
 )
 def test_a_target_that_cannot_be_found(session: Session, spec: str, message: str) -> None:
@@ -54,6 +60,7 @@ def test_a_target_that_cannot_be_found(session: Session, spec: str, message: str
         ("returns_dict", "returned a dict"),
         ("wants_more", "needs tokenizer, which nobody can supply"),
         ("reads_missing_setting", "reads config.n_embd, which the config does not have"),
+        ("no_parameters", "the Empty built by factory bad_targets.no_parameters has no parameters"),
     ],
 )
 def test_a_target_that_does_not_build(session: Session, name: str, message: str) -> None:
@@ -97,14 +104,145 @@ def test_config_and_weights_that_cannot_be_read(session: Session, tmp_path: Path
         str(tmp_path / "absent.json"): "No such file",
         "bad_targets:nothing": "no attribute 'nothing'",
         "neither": "neither a .json file, my_pkg",
+        str(tmp_path): "is not a file",
+        _config(tmp_path, model_type="unheard_of"): "neither transformers nor vLLM knows model_type 'unheard_of'",
+        _config(
+            tmp_path, model_type="unheard_of", auto_map={}
+        ): "its auto_map asks for code of its own, which is not run",
+        _config(tmp_path, vocab_size=0): "vocab_size is 0",
+        _config(
+            tmp_path, max_position_embeddings=-5
+        ): r"vLLM refuses the config \(.*json\): max_model_len must be a pos",
+        _config(tmp_path, model_type="llama", hidden_size="big"): "Field 'hidden_size' expected int, got str",
         "bad_targets:returns_class": "missing",
     }.items():
         with pytest.raises(UnusableTarget, match=message) as caught:
             session.collect(TargetOptions(spec=DENSE, config=config), {"inspection"})
         assert "\n" not in str(caught.value)
-    save_file({"norm.weight": torch.full((128,), torch.nan)}, tmp_path / "model.safetensors")
-    with pytest.raises(UnusableTarget, match=r"NaN or infinity in norm\.weight"):
+    bytes_ = tmp_path / "bytes.json"
+    bytes_.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UnusableTarget, match=r"bytes\.json is not JSON"):
+        session.collect(TargetOptions(spec=DENSE, config=str(bytes_)), {"inspection"})
+
+
+def _config(directory: Path, **changes: Any) -> str:
+    path = directory / f"config{len(list(directory.iterdir()))}.json"
+    path.write_text(json.dumps(TINY_CONFIG | changes))
+    return str(path)
+
+
+def _spoil(path: Path, how: str) -> None:
+    """A safetensors file that is not one, or not all of one."""
+    save_file({"norm.weight": torch.full((128,), torch.nan if how == "nan" else 1.0)}, path)
+    if how == "nan":
+        return
+    whole = path.read_bytes()
+    path.unlink()
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "dangling":
+        path.symlink_to("/nowhere/model.safetensors")
+    elif how == "directory":
+        path.mkdir()
+    elif how == "absent shard":
+        path.write_bytes(whole)
+        index = {"weight_map": {"norm.weight": path.name, "lm_head.weight": "model-2.safetensors"}}
+        path.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        path.write_bytes({"truncated": whole[:-9], "empty": b"", "garbage": bytes(range(256))}[how])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("nan", r"NaN or infinity in norm\.weight"),
+        ("truncated", r"model\.safetensors \(\d+ bytes\) cannot be read as safetensors"),
+        ("empty", r"model\.safetensors \(0 bytes\) cannot be read as safetensors"),
+        ("garbage", r"model\.safetensors \(256 bytes\) cannot be read as safetensors"),
+        ("pipe", r"model\.safetensors is not a file"),
+        ("directory", r"model\.safetensors is not a file"),
+        ("dangling", r"model\.safetensors leads nowhere"),
+        ("absent shard", r"index\.json names model-2\.safetensors, which is not there"),
+    ],
+)
+def test_weights_that_cannot_be_read(session: Session, tmp_path: Path, how: str, message: str) -> None:
+    """Bad input is no failed check: the run ends, and names the file."""
+    _spoil(tmp_path / "model.safetensors", how)
+    with pytest.raises(UnusableTarget, match=f"--genmodel-weights: .*{message}") as caught:
         session.collect(TargetOptions(spec=DENSE, weights=tmp_path), {"inspection"})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_with_code_of_its_own_says_what_is_read_instead(session: Session, tmp_path: Path) -> None:
+    config = _config(tmp_path, auto_map={"AutoConfig": "configuration_mine.MyConfig"})
+    found = session.collect(TargetOptions(spec=DENSE, config=config), {"inspection"}).inspection
+    assert isinstance(found, Inspection)
+    assert any("auto_map is not followed" in note for note in found.notes)
+
+
+def test_a_class_that_embeds_by_the_older_name(session: Session) -> None:
+    """vLLM asks for embed_input_ids; the class gets it, and stays itself in all reports."""
+    options = TargetOptions(spec="odd_targets:OlderName", tensor_parallel_sizes=(1,))
+    evidence = session.collect(options, {"inspection", "plain", "embeds", "reference"})
+    for check in catalogue.all_checks():
+        if check.needs <= {"inspection", "plain", "embeds", "reference"} and check.tensor_parallel == 1:
+            verdict = catalogue.judge(check, evidence)
+            assert verdict.status is Status.PASSED, verdict
+    found: Any = evidence.traces["plain", 1]
+    assert found[0].proof.model_class == "odd_targets.OlderName"
+
+
+def test_a_class_that_lacks_methods_is_told_all_of_them(session: Session) -> None:
+    """interface.signature has its evidence, and engines fail for the same reason."""
+    evidence = session.collect(
+        TargetOptions(spec="odd_targets:LacksMethods", tensor_parallel_sizes=(1,)), {"inspection", "plain"}
+    )
+    verdict = catalogue.judge(catalogue.get("interface.signature"), evidence)
+    assert verdict.status is Status.FAILED
+    assert verdict.measurements[0].measured == 3
+    failure = evidence.traces["plain", 1]
+    assert isinstance(failure, Failure)
+    assert "does not have vLLM's interface: no embed_input_ids" in failure.message
+    assert "cannot take the keyword positions" in failure.message
+
+
+def test_the_first_parameter_s_dtype_is_not_the_model_s(session: Session) -> None:
+    """The proof counts elements, and references are looked up by it."""
+    options = TargetOptions(spec="odd_targets:double_first", tensor_parallel_sizes=(1,))
+    evidence = session.collect(options, {"inspection", "plain", "reference"})
+    found: Any = evidence.traces["plain", 1]
+    assert found[0].proof.dtype == "float32"
+    verdict = catalogue.judge(catalogue.get("logits.values"), evidence)
+    assert verdict.status is Status.PASSED, verdict
+
+
+def test_a_model_that_takes_no_embeddings_is_given_none(session: Session) -> None:
+    options = TargetOptions(spec="odd_targets:ids_only", tensor_parallel_sizes=(1,))
+    evidence = session.collect(options, {"inspection", "embeds", "reference"})
+    assert ("embeds", 1) not in evidence.traces
+    for check in ("interface.inputs_embeds", "interface.prompt_embeddings"):
+        verdict = catalogue.judge(catalogue.get(check), evidence)
+        assert verdict.status is Status.NOT_APPLICABLE
+        assert "no argument inputs_embeds" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("scenario", "target", "message"),
+    [
+        ("embeds", "engine_embeds_tokens", "the model was given 0 as embeddings alone"),
+        ("repeated", "seeds_do_nothing", "the random number generators began at the same state"),
+    ],
+)
+def test_a_scenario_without_its_path_is_the_harness_s_error(
+    session: Session, scenario: str, target: str, message: str
+) -> None:
+    """The path is taken away, and the proof notices."""
+    options = TargetOptions(spec=f"odd_targets:{target}", tensor_parallel_sizes=(1,))
+    evidence = session.collect(options, {scenario})
+    failure = evidence.traces[ENGINE_SCENARIOS[scenario].passes[0].name, 1]
+    assert isinstance(failure, Failure)
+    assert failure.kind == "proof"
+    assert message in failure.message
 
 
 def test_more_ranks_than_devices() -> None:

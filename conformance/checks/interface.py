@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
-from genmodel.conformance.access import every_size, inspection, rank_zero
+import torch
+
+from genmodel.conformance import agreement
+from genmodel.conformance.access import every_size, inspection, rank_zero, reference_of
+from genmodel.conformance.alignment import Phase, with_reference
 from genmodel.conformance.catalogue import check
-from genmodel.conformance.verdict import Measurement, NotApplicable, row, violations
-from genmodel.runners.evidence import Evidence, Probe
+from genmodel.conformance.verdict import REFERENCE, Measurement, NotApplicable, row, violations
+from genmodel.runners.evidence import Evidence, Probe, Scores, Trace
 from genmodel.runners.scenarios import FRESH_START_METHODS
 
 
@@ -124,6 +129,56 @@ def vllm_accepts(evidence: Evidence) -> Iterator[Measurement]:
 
 
 @check(needs=("inspection",))
+def arguments_kept(evidence: Evidence) -> Iterator[Measurement]:
+    """Methods leave what they are handed as it was: token ids, positions, embeddings, hidden states.
+
+    Usual causes:
+        An operation in place on an argument, such as `positions += offset`, `inputs_embeds *= scale` or
+        `hidden_states.div_(temperature)`. The tensors are the caller's buffers: vLLM's next step, its
+        prompt scores or the trainer's next loss read what is left in them.
+    How to fix:
+        Make a new tensor:
+
+            x = inputs_embeds * self.scale       # not inputs_embeds *= self.scale
+            positions = positions + self.offset  # not positions += self.offset
+    Reports:
+        #12038
+    """
+    yield violations("arguments changed in place", inspection(evidence).changed_arguments)
+
+
+@check(needs=("inspection",))
+def inputs_embeds(evidence: Evidence) -> Iterator[Measurement]:
+    """forward gives the same for embeddings as for the token ids they were made of, to the last bit.
+
+    Usual causes:
+        `inputs_embeds` is ignored; embeddings are scaled or normalised, or positions added to them, for
+        token ids alone; `input_ids`, which are None then, are read all the same.
+    How to fix:
+        Embed in one place, and do all the rest whichever was given:
+
+            def forward(self, input_ids, positions, inputs_embeds=None):
+                x = inputs_embeds if inputs_embeds is not None else self.embed_input_ids(input_ids)
+                ...
+    Reports:
+        #27583
+    """
+    found = inspection(evidence)
+    if not found.takes_embeddings:
+        raise NotApplicable("the model's forward has no argument inputs_embeds")
+    if found.embeds is None:
+        raise NotApplicable("embed_input_ids gave no embeddings to hand over")
+    yield _shape(found.embeds, (found.probe_tokens, found.hidden_size))
+    if found.embeds_difference is not None:
+        yield Measurement(
+            what="max |hidden states of embeddings - of token ids|",
+            where=REFERENCE,
+            measured=found.embeds_difference,
+            allowed=0,
+        )
+
+
+@check(needs=("inspection",))
 def parameters_registered(evidence: Evidence) -> Iterator[Measurement]:
     """Every tensor and module is registered; none hides in a plain list, tuple or dict.
 
@@ -141,11 +196,12 @@ def parameters_registered(evidence: Evidence) -> Iterator[Measurement]:
 
 @check(needs=("inspection",))
 def attention_prefixes(evidence: Evidence) -> Iterator[Measurement]:
-    """Every attention layer has a prefix, and no two share one.
+    """Every attention layer has a prefix with the layer's number in it, and no two share one.
 
     Usual causes:
-        The prefix is left out or not extended by the layer's number. vLLM files KV caches under it: two
-        layers with one prefix read each other's cache.
+        The prefix is left out or not extended by the layer's number, or by two numbers. vLLM files KV
+        caches under it, in the order of the one integer between its dots: two layers with one prefix
+        read each other's cache.
     How to fix:
             TrainableAttention(..., prefix=f"{prefix}.layers.{i}.self_attn.attn")
     Reports:
@@ -158,6 +214,10 @@ def attention_prefixes(evidence: Evidence) -> Iterator[Measurement]:
     yield violations("attention layers without a prefix", [layer.module for layer in layers if not layer.prefix])
     yield violations(
         "prefixes used more than once", [prefix for prefix, count in counts.items() if prefix and count > 1]
+    )
+    yield violations(
+        "prefixes that vLLM refuses",
+        [f"{layer.module}: {layer.refused}" for layer in layers if layer.prefix and layer.refused],
     )
 
 
@@ -177,6 +237,72 @@ def rebuild(evidence: Evidence) -> Iterator[Measurement]:
     once, twice = found.parameters, found.rebuilt_parameters
     different = sorted(name for name in once.keys() | twice.keys() if once.get(name) != twice.get(name))
     yield violations("parameters that differ between two builds", different)
+
+
+@check(needs=("inspection",))
+def random_state(evidence: Evidence) -> Iterator[Measurement]:
+    """With the same weights a model computes the same, whatever state random number generators had when it was built.
+
+    Usual causes:
+        A buffer drawn at random in `__init__` that is in no checkpoint (`persistent=False`, or a plain
+        attribute); a parameter that loading does not reach; dropout that acts in evaluation mode. Every
+        process, and every rank of a trainer, would draw another.
+    How to fix:
+        Derive it from the config, with a generator of its own and a fixed seed, or save it:
+
+            self.register_buffer("projection", torch.randn(d, d))  # persistent, so that the checkpoint has it
+    Reports:
+        #5657
+    """
+    found = inspection(evidence)
+    if found.rebuilt_difference is None:
+        raise NotApplicable("the model's two builds do not have the same tensors, or give no logits to compare")
+    yield Measurement(
+        what="max |logits of one build - of another| with the same weights",
+        where=REFERENCE,
+        measured=found.rebuilt_difference,
+        allowed=0,
+        detail=f"buffers that differ: {', '.join(found.rebuilt_buffers)}" if found.rebuilt_buffers else "",
+    )
+
+
+@check(needs=("repeated",))
+def repeatable(evidence: Evidence) -> Iterator[Measurement]:
+    """An engine asked the same twice answers the same, whatever state the random number generators have.
+
+    Usual causes:
+        `F.dropout(x, p)` without `training=self.training`, which acts in evaluation mode too; noise that
+        is added in forward; something that is counted or averaged on `self` from call to call.
+    How to fix:
+            x = F.dropout(x, self.p, training=self.training)  # or an nn.Dropout, which knows
+    Reports:
+        #43631
+    """
+    for size in every_size(evidence, "repeated.first", "repeated.second"):
+        first, second = (rank_zero(evidence, f"repeated.{which}", size) for which in ("first", "second"))
+        yield _repetition(first, second, size)
+
+
+@check(needs=("inspection", "reference", "embeds"))
+def prompt_embeddings(evidence: Evidence) -> Iterator[Measurement]:
+    """An engine that is given prompts as embeddings of their tokens answers as the reference does for the tokens.
+
+    Usual causes:
+        Those of interface.inputs_embeds. If that passes and this fails, the model takes something from
+        `input_ids` besides the embedding, or embeds otherwise on a rank of several.
+    How to fix:
+        Let `embed_input_ids` do all that depends on token ids, and forward only what comes after it.
+    Reports:
+        #27583
+    """
+    if not inspection(evidence).takes_embeddings:
+        raise NotApplicable("the model's forward has no argument inputs_embeds")
+    for size in every_size(evidence, "embeds"):
+        trace = rank_zero(evidence, "embeds", size)
+        for phase in (Phase.FIRST, Phase.DECODE):
+            aligned = with_reference(reference_of(evidence, trace), trace, phase)
+            yield from agreement.max_difference(aligned)
+            yield from agreement.top_k(aligned, evidence.target.top_k)
 
 
 @check(needs=("inspection", "deployed"))
@@ -208,6 +334,45 @@ def reaches_workers(evidence: Evidence) -> Iterator[Measurement]:
         yield violations("start methods that share memory", () if fresh else (proof.start_method,), where)
         other = () if proof.model_class == expected else (f"{proof.model_class} instead of {expected}",)
         yield violations("other models built by the workers", other, where)
+
+
+ULPS = 16
+"""Roundings of the largest score that two runs of one engine may differ by, where kernels add in no fixed order."""
+
+
+def _repetition(first: Trace, second: Trace, size: int) -> Measurement:
+    """How far scores of the same positions are apart; infinitely where other tokens are among the best."""
+    largest, apart, where = 0.0, 0.0, ""
+    for one, two in zip(first.continuations, second.continuations, strict=True):
+        pairs = zip(one.generated, two.generated, strict=True)
+        same = next((i + 1 for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(one.generated))
+        found = [_apart(_rows(one.step_scores, same), _rows(two.step_scores, same))]
+        if one.prompt_scores is not None and two.prompt_scores is not None:
+            found.append(_apart(one.prompt_scores, two.prompt_scores))
+        largest = max(largest, float(one.step_scores.values.abs().max()))
+        if not max(found) <= apart:  # NaN too
+            apart, where = max(found), f"request {one.request.name}"
+    eps = float(torch.finfo(getattr(torch, first.proof.dtype)).eps)
+    return Measurement(
+        what="max |logit of one run - of another|",
+        where=row(size),
+        measured=apart,
+        allowed=ULPS * eps * largest,
+        detail=where,
+    )
+
+
+def _rows(scores: Scores, count: int) -> Scores:
+    return Scores(first=scores.first, ids=scores.ids[:count], values=scores.values[:count])
+
+
+def _apart(ours: Scores, theirs: Scores) -> float:
+    """Largest difference between the scores of the best tokens; the last ones kept may be others by a tie."""
+    best = min(32, (ours.ids.shape[1] + 1) // 2)
+    same = ours.ids[:, :best, None] == theirs.ids[:, None, :]
+    place = same.to(torch.uint8).argmax(-1)
+    difference = (ours.values[:, :best] - theirs.values.gather(1, place)).abs()
+    return float(difference.masked_fill(~same.any(-1), math.inf).max())
 
 
 def _shape(probe: Probe, expected: tuple[int, int]) -> Measurement:

@@ -71,7 +71,9 @@ def trace(
             _vllm.observe_schedule(llm) if in_process else contextlib.nullcontext([])
         )
         scarce = _vllm.scarce_cache(llm, len(requests)) if through.scarce else contextlib.nullcontext()
-        embeddings = _vllm.observe_embeddings(llm) if through.embedded else contextlib.nullcontext([])
+        embeddings: contextlib.AbstractContextManager[list[int]] = (
+            _vllm.observe_embeddings(llm) if through.embedded else contextlib.nullcontext([])
+        )
         with scarce, observed as steps, embeddings as embedded:
             outputs = _vllm.generate(llm, prompts, through.stagger)
         embedded_tokens += sum(embedded)

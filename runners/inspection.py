@@ -336,8 +336,8 @@ def _call(call: str, function: Callable[[], Any]) -> tuple[Probe, Any]:
         message = str(error).strip().splitlines() or [""]
         return Probe(call=call, shape=None, dtype=None, error=f"{type(error).__name__}: {message[0]}"), None
     if not isinstance(value, torch.Tensor):
-        error = f"returned a {type(value).__name__}, not a tensor"
-        return Probe(call=call, shape=None, dtype=None, error=error), value
+        said = f"returned a {type(value).__name__}, not a tensor"
+        return Probe(call=call, shape=None, dtype=None, error=said), value
     return Probe(call=call, shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch.")), value
 
 

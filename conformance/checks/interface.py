@@ -139,8 +139,7 @@ def arguments_kept(evidence: Evidence) -> Iterator[Measurement]:
     How to fix:
         Make a new tensor:
 
-            x = inputs_embeds * self.scale       # not inputs_embeds *= self.scale
-            positions = positions + self.offset  # not positions += self.offset
+            x = inputs_embeds * self.scale  # not inputs_embeds *= self.scale
     Reports:
         #12038
     """

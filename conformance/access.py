@@ -11,6 +11,7 @@ from genmodel.runners.evidence import (
     Failure,
     Gradients,
     Inspection,
+    Precision,
     RankGradients,
     ReferenceRun,
     Trace,
@@ -45,6 +46,11 @@ def gradients(evidence: Evidence) -> Gradients:
     if inspection(evidence).native:
         raise NotApplicable("built of vLLM's own layers, whose parameters are created with requires_grad=False")
     return _present(evidence.gradients, "gradients", REFERENCE)
+
+
+def precision(evidence: Evidence) -> Precision:
+    """In which dtypes the target computes outside any engine; raises NoEvidence."""
+    return _present(evidence.precision, "precision", REFERENCE)
 
 
 def reference(evidence: Evidence) -> ReferenceRun:

@@ -800,7 +800,7 @@ def observe_forward(
     Returns:
         The model, as vLLM built it.
     """
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    runner = _model_runner(llm)
     execute = runner.execute_model
     scheduled: dict[str, int] = {}
 
@@ -821,6 +821,16 @@ def observe_forward(
     model: nn.Module = runner.model
     model.register_forward_pre_hook(before, with_kwargs=True)
     return model
+
+
+def model_of(llm: Any) -> nn.Module:
+    """The model of an in-process engine, as vLLM built it."""
+    model: nn.Module = _model_runner(llm).model
+    return model
+
+
+def _model_runner(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 def worker_report(worker: Any, driver: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from genmodel.runners import (
     modules,
     naming,
     parallel_gradients,
+    precision,
     standalone,
     weights_audit,
 )
@@ -39,6 +40,7 @@ from genmodel.runners.evidence import (
     Gradients,
     Inspection,
     ModuleRecord,
+    Precision,
     RankGradients,
     RecordedSequence,
     ReferenceRun,
@@ -289,6 +291,15 @@ def gradients_of(state: State, spec: Spec) -> Gradients:
             return gradients.measure(built, spec.seed)
 
 
+def precision_of(state: State, spec: Spec, prompts: Sequence[tuple[int, ...]], declared: Any) -> Precision:
+    """In which dtypes the target computes outside any engine, and how large its values become."""
+    target = state.target(spec)
+    state.register(spec)
+    with state.phase("measuring precision"):
+        said = None if declared is None else str(declared).removeprefix("torch.")
+        return precision.measure(target, spec.directory, prompts, said)
+
+
 def code_checkpoint(state: State, spec: Spec) -> tuple[dict[str, CodedTensor], str]:
     """Number every element of the checkpoint: (codes, ""), or why that cannot be done: ({}, reason)."""
     with state.phase("coding the checkpoint"):
@@ -405,13 +416,13 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], we
     turns: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
     native = False
     with state.phase("running the reference"):
-        for precision in (dtype, higher):
+        for computed in (dtype, higher):
             config = _vllm.model_config(spec.directory, "float32")
-            with standalone.build(target, config, DTYPES[precision]) as built, torch.no_grad():
+            with standalone.build(target, config, DTYPES[computed]) as built, torch.no_grad():
                 standalone.load(built, rounded)
                 native = built.native
-                runs[precision], made[precision] = _run(built, sequences)
-                if precision == higher:
+                runs[computed], made[computed] = _run(built, sequences)
+                if computed == higher:
                     ties = choices.near_ties(made[dtype], made[higher])
                     turns = _turns(built, runs[higher], ties)
     errors = {s: (runs[dtype][s].double() - runs[higher][s].double()).abs() for s in sequences}
@@ -491,9 +502,9 @@ def reference_modules(
     state.register(spec)
     records: list[ModuleRecord] = []
     with state.phase("recording the reference"):
-        for precision in (dtype, _higher(dtype)):
+        for computed in (dtype, _higher(dtype)):
             parts = [
-                _record_reference(spec, target, weights, sequences, positions, (dtype, precision))
+                _record_reference(spec, target, weights, sequences, positions, (dtype, computed))
                 for weights in dict.fromkeys(sequence.weights for sequence in sequences)
             ]
             records.append(modules.one_after_another(parts))
@@ -511,10 +522,10 @@ def _record_reference(
     dtypes: tuple[str, str],
 ) -> ModuleRecord:
     """The sequences of one set of weights, which are rounded to the first dtype, computed in the second."""
-    tested, precision = (DTYPES[name] for name in dtypes)
+    tested, computed = (DTYPES[name] for name in dtypes)
     rounded = _reference_weights(spec, weights, tested)
     config = _vllm.model_config(spec.directory, "float32")
-    with standalone.build(target, config, precision) as built, torch.no_grad():
+    with standalone.build(target, config, computed) as built, torch.no_grad():
         standalone.load(built, rounded)
         recorder = modules.Recorder(built.model)
         for number, (sequence, kept) in enumerate(zip(sequences, positions, strict=True)):

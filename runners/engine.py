@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from genmodel.modeling import _vllm
+from genmodel.runners import precision
 from genmodel.runners.evidence import Continuation, Proof, Request, Scores, Trace
 from genmodel.runners.scenarios import Pass, Plan
 
 FULL_VOCABULARY = 4096
 """Up to this size every logit is kept; beyond it the best CANDIDATES of each position."""
 CANDIDATES = 1024
+HALF = ("bfloat16", "float16")
 DEPLOYED_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # or what stands for it here: see runners/forked.py
@@ -48,6 +51,21 @@ def trace(
         weights: which weights the model holds.
         in_process: whether the scheduler lives in this process and can be observed.
     """
+    with _watched(llm, in_process) as seen:
+        found = _trace(llm, through, plan, rank, weights, in_process=in_process)
+    return found if seen is None else replace(found, modules=seen.dtypes)
+
+
+def _watched(llm: Any, in_process: bool) -> contextlib.AbstractContextManager[precision.Seen | None]:
+    """See the dtypes of an eager engine in half precision, if its model is in this process."""
+    if in_process:
+        facts = _vllm.engine_facts(llm)
+        if facts["eager"] and facts["workers"][0]["dtype"] in HALF:
+            return precision.watched(_vllm.model_of(llm))
+    return contextlib.nullcontext()
+
+
+def _trace(llm: Any, through: Pass, plan: Plan, rank: int, weights: str, *, in_process: bool) -> Trace:
     if through.random_state is not None:
         torch.manual_seed(through.random_state)
     random_state = torch.initial_seed()

@@ -149,6 +149,8 @@ class Trace:
     weights: str = "initial"
     """Which weights the model held: "initial", or "refit" after they were changed in the running engine."""
     proof: Proof
+    modules: dict[str, str] = field(default_factory=dict)
+    """As `Precision.modules`, in the engine; only of in-process engines in half precision."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +279,23 @@ class ParameterGradient:
     """The same by central differences."""
     noise: float
     """How far rounding alone can move `numeric`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """In which dtypes the target computes outside any engine, and how large its values are."""
+
+    dtype: str
+    """What it was built for, and what its modules' dtypes are to be compared in."""
+    modules: dict[str, str]
+    """The widest dtype that the values a module gave take to hold, in order of execution; "" is the model itself.
+
+    Empty for models of vLLM's own layers, which do not train.
+    """
+    largest: dict[str, float]
+    """By module: the largest finite |value| that it was given or gave on the workload's prompts, in float32."""
+    declared: str | None
+    """The dtype that the model's config names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -423,6 +442,8 @@ class Point:
     """[n] int64, which of the full tensor's columns this rank holds, where the module declares it; -1 is padding."""
     noise: torch.Tensor | None = None
     """[N] float32, of a reference: its largest error in the tested dtype at each row."""
+    name: str = ""
+    """The parameter of the module's forward that an input is passed as; empty where there is none of that name."""
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -505,6 +526,7 @@ class Evidence:
     """The workload every engine was given."""
     inspection: Inspection | Failure | None = None
     gradients: Gradients | Failure | None = None
+    precision: Precision | Failure | None = None
     reference: ReferenceRun | Failure | None = None
     references: dict[tuple[str, str], ReferenceRun | Failure] = field(default_factory=dict)
     """The same for other weights or dtypes, keyed (`Trace.weights`, `Proof.dtype`)."""

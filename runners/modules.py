@@ -6,6 +6,7 @@ Shapes: T tokens of one forward pass, N recorded rows, n columns of one tensor o
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ class _Recorded:
 
     caller: str | None
     columns: torch.Tensor | None
+    name: str
     rows: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
 
@@ -53,6 +55,7 @@ class Recorder:
         self._ids = torch.empty(0, dtype=torch.int64)  # [T] row of each token, -1 for those not kept
         self._last = torch.empty(0, dtype=torch.int64)  # each sequence's last token of this pass
         self._hidden: torch.Tensor | None = None
+        self._parameters = {name: _parameters(module) for name, module in inner.named_modules()}
         for name, module in inner.named_modules():
             self._hook(name, module)
         self._wrap_compute_logits(model)
@@ -150,10 +153,11 @@ class Recorder:
         module: nn.Module | None,
         found: list[tuple[Any, Any]],
     ) -> None:
+        names = self._parameters.get(name, ()) if kind == "input" else ()
         kept = self._ids >= 0
         if not bool(kept.any()):
             return
-        for part, tensor in _tensors(found):
+        for part, tensor in tensors_in(found):
             by_token = _by_token(tensor, len(kept))
             if by_token is None:
                 continue
@@ -161,7 +165,8 @@ class Recorder:
             values = by_token.detach()[kept.to(by_token.device)].to("cpu", wide)
             key: Key = (name, kind, part, call)
             if key not in self._points:
-                self._points[key] = _Recorded(caller, _declared_columns(module, kind, part, values.shape[1]))
+                columns = _declared_columns(module, kind, part, values.shape[1])
+                self._points[key] = _Recorded(caller, columns, _parameter(part, names))
             self._points[key].rows.append(self._ids[kept])
             self._points[key].values.append(values)
 
@@ -288,19 +293,39 @@ def _joined(key: Key, recorded: _Recorded) -> Point:
         rows=torch.cat([recorded.rows[i] for i in usual]),
         values=torch.cat([recorded.values[i] for i in usual]),
         columns=columns if columns is not None and len(columns) == width else None,
+        name=recorded.name,
     )
 
 
-def _tensors(found: Sequence[tuple[Any, Any]], prefix: str = "", depth: int = 2) -> Iterator[tuple[str, torch.Tensor]]:
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of forward's parameters, in the order in which arguments fill them."""
+    try:
+        found = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+
+def _parameter(part: str, names: Sequence[str]) -> str:
+    """The parameter that a part such as "0", "1.0" or "cos" is passed as."""
+    first, dot, rest = part.partition(".")
+    if first.isdigit():
+        return names[int(first)] + dot + rest if int(first) < len(names) else ""
+    return part if first in names else ""
+
+
+def tensors_in(
+    found: Sequence[tuple[Any, Any]], prefix: str = "", depth: int = 2
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor in arguments or outputs, and where it stands: "0", "cos", "1.0"."""
     for name, value in found:
         part = f"{prefix}{'' if name is None else name}"
         if isinstance(value, torch.Tensor):
             yield part or "0", value
         elif depth and isinstance(value, (tuple, list)):
-            yield from _tensors([*enumerate(value)], f"{part}." if part else "", depth - 1)
+            yield from tensors_in([*enumerate(value)], f"{part}." if part else "", depth - 1)
         elif depth and isinstance(value, Mapping):
-            yield from _tensors([*value.items()], f"{part}." if part else "", depth - 1)
+            yield from tensors_in([*value.items()], f"{part}." if part else "", depth - 1)
 
 
 def _by_token(tensor: torch.Tensor, tokens: int) -> torch.Tensor | None:

@@ -438,6 +438,7 @@ ENGINE_SCENARIOS = {
 SCENARIOS = (
     "inspection",
     "gradients",
+    "precision",
     "parallel_gradients",
     "weights",
     "reference",

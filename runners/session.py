@@ -327,7 +327,7 @@ class _Target:
         sizes = self._options.tensor_parallel_sizes
         for name in scenarios - {"inspection"}:
             why = replace(failure, scenario=name)
-            if name in ("gradients", "reference"):
+            if name in ("gradients", "precision", "reference"):
                 setattr(self.evidence, name, why)
             elif name in ("weights", "parallel_gradients"):
                 getattr(self.evidence, name).update(dict.fromkeys({1, *sizes}, why))
@@ -349,9 +349,7 @@ class _Target:
         first = self._deploy(drafted, *to_deploy[0], self._pool.size - 1) if to_deploy and self._pool.size > 1 else None
         if scenarios and 1 in sizes:
             self._generate(inspection, drafted, 1, scenarios)
-        if "gradients" in wanted and not inspection.native:
-            self._say("standalone training: gradients in float64")
-            self.evidence.gradients = self._ask("gradients_of", "gradients")
+        self._run_alone(inspection, drafted, wanted)
         self._compare_ranks(1, inspection, wanted)
         for deployment, size in to_deploy:
             job = first or self._deploy(drafted, deployment, size, 0)
@@ -380,6 +378,17 @@ class _Target:
                 elsewhere = f"a default engine of {size} ranks needs a node with {size} devices"
                 self.evidence.inapplicable |= {(name, size): elsewhere for name in wanted & DEPLOYMENTS.keys()}
         return wanted - reasons.keys()
+
+    def _run_alone(self, inspection: Inspection, drafted: Plan, wanted: set[str]) -> None:
+        """What the model does outside any engine, but as a reference."""
+        if "gradients" in wanted and not inspection.native:
+            self._say("standalone training: gradients in float64")
+            self.evidence.gradients = self._ask("gradients_of", "gradients")
+        if "precision" in wanted:
+            self._say("standalone in bfloat16: the dtype that each module computes in")
+            prompts = [request.prompt for request in drafted.requests]
+            declared = self._config.get("dtype") or self._config.get("torch_dtype")
+            self.evidence.precision = self._ask("precision_of", "precision", prompts=prompts, declared=declared)
 
     def _compare_ranks(self, size: int, inspection: Inspection, wanted: set[str]) -> None:
         """What needs the coded checkpoint; at TP=1 also where that was not asked for, to compare ranks with."""

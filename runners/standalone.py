@@ -53,7 +53,7 @@ def needs_vllm(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def build(
-    target: Any, vllm_config: Any, dtype: torch.dtype, context: ParallelContext | None = None
+    target: Any, vllm_config: Any, dtype: torch.dtype, context: ParallelContext | None = None, *, cast: bool = True
 ) -> Iterator[Standalone]:
     """Build a target as plain PyTorch; vLLM's own layers are evaluated with SDPA.
 
@@ -65,6 +65,7 @@ def build(
         vllm_config: what it receives as `vllm_config`.
         dtype: default dtype during the build, and of every floating-point parameter after it.
         context: what it receives as `parallel_context`; None means TP=1, with a process group of one.
+        cast: False leaves parameters in the dtypes that the target made them in, as an engine does.
 
     Raises:
         Exception: whatever the factory raises.
@@ -79,7 +80,7 @@ def build(
             given = context if context is not None else stack.enter_context(alone())
             plain = _build_plain(target, vllm_config, dtype, given)
             if plain is not None:
-                yield Standalone(plain.to(dtype).eval(), False, vllm_config)
+                yield Standalone((plain.to(dtype) if cast else plain).eval(), False, vllm_config)
                 return
     with _vllm.native_world(vllm_config), default_dtype(dtype):
         vllm_config.compilation_config.static_forward_context.clear()
@@ -89,7 +90,7 @@ def build(
         native = [m for m in model.modules() if _vllm.is_attention(m) and hasattr(getattr(m, "impl", None), "scale")]
         for module in native:
             module.forward = _dense_attention(module)
-        yield Standalone(model.to(dtype).eval(), bool(native), vllm_config)
+        yield Standalone((model.to(dtype) if cast else model).eval(), bool(native), vllm_config)
 
 
 _BUILDS = itertools.count(1)

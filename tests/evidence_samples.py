@@ -22,6 +22,7 @@ from genmodel.runners.evidence import (
     Packing,
     ParameterGradient,
     ParameterInfo,
+    Precision,
     Probe,
     Proof,
     ReferenceRun,
@@ -134,6 +135,7 @@ def clean(
         requests=tuple(t.request for t in exact),
         inspection=_inspection(vocabulary),
         gradients=_gradients(),
+        precision=Precision(dtype="bfloat16", modules=_MODULES, largest={"": 40.0, "norm": 7.5}, declared=None),
         reference=_reference(exact, noise, dtype, generator),
         traces={
             ("plain", 1): engine("plain", 1, 1),
@@ -315,6 +317,18 @@ def _from_the_boundary(by: float) -> Callable[[Scores], Scores]:
         return replace(scores, values=values)
 
     return change
+
+
+_MODULES = {"norm": "float32", "head": "bfloat16", "": "bfloat16"}
+"""In which dtypes a model computes that keeps its norm in float32."""
+
+
+def _computing(scenario: str, **dtypes: str) -> Corruption:
+    return lambda e: change_traces(e, lambda trace: replace(trace, modules=_MODULES | dtypes), scenario=scenario)
+
+
+def _range(value: float) -> Corruption:
+    return lambda e: replace(e, precision=Precision(dtype="bfloat16", modules={}, largest={"n": value}, declared=None))
 
 
 FAILING: Mapping[str, Mapping[str, Corruption]] = {
@@ -508,6 +522,11 @@ FAILING: Mapping[str, Mapping[str, Corruption]] = {
         "at one size": lambda e: change_scores(e, shifted(1e-3), scenario="deployed", sizes=(1,)),
     },
     "deployment.eager": {"shifted": lambda e: change_scores(e, shifted(1e-3), scenario="deployed_eager")},
+    "logits.module_dtypes": {
+        "head in float32": _computing("bfloat16", head="float32"),
+        "norm in bfloat16": _computing("bfloat16", norm="bfloat16"),
+    },
+    "logits.float16_range": {"too large": _range(1e5), "without reserve": _range(3e4)},
     **coded_samples.FAILING,
 }
 """By check: evidence that must fail it, each made from clean evidence and named for what is wrong."""
@@ -599,6 +618,7 @@ def _trace(scenario: str, size: int, rank: int, scored: tuple[Continuation, ...]
             batch_sizes=(1,) * len(scored) if scenario == "alone" else (len(scored),),
             block_size=32,
         ),
+        modules=_MODULES if dtype == "bfloat16" else {},
     )
 
 

@@ -87,6 +87,8 @@ def test_ids_are_frozen() -> None:
         "logits.ranks_agree",
         "logits.batching",
         "logits.bfloat16",
+        "logits.module_dtypes",
+        "logits.float16_range",
         "scheduling.chunked_prefill",
         "scheduling.prefix_cache",
         "scheduling.preemption",

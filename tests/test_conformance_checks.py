@@ -135,7 +135,7 @@ def without(evidence: Evidence, scenario: str, instead: Failure | None = None, s
         return replace(evidence, reference=instead, references=others)
     if scenario in ("weights", "parallel_gradients"):
         return replace(evidence, **{scenario: {} if instead is None else dict.fromkeys((1, 2), instead)})
-    if scenario in ("inspection", "gradients"):
+    if scenario in ("inspection", "gradients", "precision"):
         return replace(evidence, **{scenario: instead})
     traces = {
         key: found

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
 from genmodel.conformance import agreement
-from genmodel.conformance.access import every_size, rank_zero, ranks, reference, reference_of, sizes
+from genmodel.conformance.access import (
+    every_size,
+    inspection,
+    precision,
+    rank_zero,
+    ranks,
+    reference,
+    reference_of,
+    sizes,
+)
 from genmodel.conformance.alignment import Aligned, Phase, with_engine, with_reference
 from genmodel.conformance.catalogue import check
-from genmodel.conformance.verdict import Measurement, NotApplicable, row, violations
+from genmodel.conformance.verdict import REFERENCE, Level, Measurement, NotApplicable, row, violations
 from genmodel.runners.evidence import Evidence, Scores, Trace
 
 JUDGED = (Phase.PROMPT, Phase.FIRST, Phase.DECODE)
 """Every position, once."""
+
+FLOAT16_RESERVE = 4.0
+"""How much larger other prompts' values may be than the workload's before they leave float16's range."""
 
 
 @check(needs=("reference", "plain"))
@@ -250,6 +263,68 @@ def bfloat16(evidence: Evidence) -> Iterator[Measurement]:
     for aligned in (aligned for each in found for aligned in each):
         yield from agreement.max_difference(aligned)
         yield from agreement.mean_difference(aligned)
+
+
+@check(needs=("inspection", "precision", "bfloat16"))
+def module_dtypes(evidence: Evidence) -> Iterator[Measurement]:
+    """In bfloat16 every module computes in the same dtype in the engine as in training.
+
+    What counts is the dtype that the values take, not the one they are kept in: a copy in float32 of what was
+    computed in bfloat16 is no difference. A model that computes parts of itself in float32 on both sides is right.
+
+    Usual causes:
+        A residual stream, a router, a norm's output or a head kept in float32 on one side only: a branch
+        that asks whether it runs inside vLLM, or a cast in the trainer that the engine does not have.
+        Rewards and importance ratios then drift, by less than bfloat16's own noise in any one logit.
+    How to fix:
+        Write the cast into the model's own forward, so that both sides run it.
+    Reports:
+        #19925 #48390 trl#4303 NeMo-RL#3936
+    """
+    if inspection(evidence).native:
+        raise NotApplicable("built of vLLM's own layers, which do not train")
+    trained = precision(evidence).modules
+    sides = [(size, rank_zero(evidence, "bfloat16", size).modules) for size in every_size(evidence, "bfloat16")]
+    if not any(trained.keys() & served.keys() for _, served in sides):
+        raise NotApplicable("no module of the engine has the name of one in training")
+    for size, served in sides:
+        common = [name for name in trained if name in served]
+        different = [
+            f"{name or 'the model'}: {trained[name]} in training, {served[name]} in the engine"
+            for name in common
+            if trained[name] != served[name]
+        ]
+        yield violations(f"modules of {len(common)} that compute in another dtype", different, row(size))
+
+
+@check(needs=("precision",), level=Level.RECOMMENDED)
+def float16_range(evidence: Evidence) -> Iterator[Measurement]:
+    """Nothing that goes into or comes out of a module comes near float16's largest number.
+
+    vLLM runs models whose config names float16, and on devices without bfloat16 those of float32, in float16. A model
+    whose config names bfloat16 is not meant to be.
+
+    Usual causes:
+        A residual stream that grows from layer to layer, embeddings scaled up, a gated activation: fine in
+        bfloat16, infinite in float16.
+    How to fix:
+        Name bfloat16 in the config (`"torch_dtype": "bfloat16"`), keep the residual stream in float32,
+        or scale it down.
+    Reports:
+        transformers#9295 transformers#39972
+    """
+    found = precision(evidence)
+    if found.declared not in (None, "auto", "float16", "float32"):
+        raise NotApplicable(f"the model's config names {found.declared}")
+    largest = float(torch.finfo(torch.float16).max)
+    worst = max(found.largest, key=lambda name: found.largest[name], default="")
+    yield Measurement(
+        what="largest |value| into or out of a module, with float32's range",
+        where=REFERENCE,
+        measured=found.largest.get(worst, math.nan),
+        allowed=largest / FLOAT16_RESERVE,
+        detail=worst or "the model",
+    )
 
 
 def _plain(evidence: Evidence, *phases: Phase) -> Iterator[Aligned]:

@@ -35,11 +35,29 @@ all in-process scenarios, TP=1 and TP=2: no tensor is off by more than 0.23 of w
 GROUPS = ("logits", "scheduling", "refit", "deployment")
 """Checks that compare what engines compute."""
 
+UNLIKE = 0.1
+"""Share of the largest value expected that a tensor has to be off by at least to be taken for another one."""
+
+_Found = list[tuple[ModuleRecord, Point]]
+"""One tensor on all ranks that have it."""
+
+_Key = tuple[str, str, str, int]
+_Pair = list[tuple[Point, Point, bool]]
+"""What to compare of an engine with what of the reference, in other ways each; True where they must agree."""
+
 Findings = dict[tuple[str, int], "Finding | str | None"]
-"""By scenario and size: the finding, why there can be none, or None where all modules agree."""
+"""By scenario and size: the finding, why there can be none, or None where nothing could be compared."""
 
 Rerun = Callable[[str, int, tuple[str, int] | None], ModuleRun | Failure]
 """`Session.diagnose` of one target: scenario, tensor-parallel size, and a request and position known to be wrong."""
+
+_ELSEWHERE = {
+    "pipeline": "Stages of a pipeline are not recorded, and in one process there is no such difference: it is in what "
+    "a stage builds or loads, or hands on to the next. ",
+    "deployed": "Spawned workers are not recorded, and in one process there is no such difference: it is in what the "
+    "workers build or load. ",
+}
+"""What is said of a difference that is not found where modules can be recorded, by the scenario a check needs."""
 
 _PHASES = ("prompt", "first token", "decode")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -64,6 +82,10 @@ class Part:
     """m."""
     known: bool
     """Whether these are its columns for sure: all of them, or those the module declares; else, by their values."""
+    scale: float
+    """The largest |value| expected."""
+    must: bool
+    """Whether the two must agree; False where both sides need not mean the same by it."""
 
     @property
     def wrong(self) -> torch.Tensor:
@@ -104,6 +126,10 @@ class Finding:
     """What else is known of the module before, where its share or its name leaves room for doubt; often empty."""
     agreeing: int
     """Tensors before this one that agree."""
+    within: bool = False
+    """Whether it is within its limit too, and only where the error grows most."""
+    before: float = 0.0
+    """Then, the largest error of the tensors before, as a share of what is allowed there."""
 
 
 def first_difference(run: ModuleRun) -> Finding | None:
@@ -115,15 +141,94 @@ def first_difference(run: ModuleRun) -> Finding | None:
 def _first_difference(run: ModuleRun) -> Finding | None:
     reference = _Reference(run)
     passed = _Passed()
-    for found in _in_order(run):
+    order = list(_in_order(run))
+    for number, found in enumerate(order):
         parts = [part for record, point in found if (part := reference.compare(record, point)) is not None]
         if not parts:
             passed.unknown.append(found[0])
-        elif any(bool(part.wrong.any()) for part in parts) or (len(parts) == len(run.ranks) and len(_missing(parts))):
-            return _finding(run, reference, found[0][1], parts, passed)
-        else:
+        elif not _wrong(parts, run):
             passed.add(found[0][1], parts[0])
+        elif not all(part.must for part in parts) or _unlike(parts, reference, order[number + 1 :]):
+            passed.unknown.append(found[0])
+        else:
+            return _finding(run, reference, _origin(found[0][1], reference, passed), parts, passed)
     return None
+
+
+def largest_growth(run: ModuleRun) -> Finding | None:
+    """Where the error grows most, of a run in which no tensor is beyond its limit; None if there is nothing to compare.
+
+    Grown is what share of its limit a tensor's error is, over that of all tensors before.
+    """
+    with one_thread():
+        return _largest_growth(run)
+
+
+def _largest_growth(run: ModuleRun) -> Finding | None:
+    reference = _Reference(run)
+    passed = _Passed()
+    before = 0.0
+    most: tuple[float, Finding] | None = None
+    for found in _in_order(run):
+        compared = [part for record, point in found if (part := reference.compare(record, point)) is not None]
+        parts = [part for part in compared if part.must and not bool(part.wrong.any())]
+        if not parts:
+            passed.unknown.append(found[0])
+            continue
+        share = max(float((part.error / part.allowed).nan_to_num(0).max()) for part in parts)
+        if most is None or share - before > most[0]:
+            here = _finding(run, reference, _origin(found[0][1], reference, passed), parts, passed)
+            most = share - before, replace(here, within=True, before=before)
+        before = max(before, share)
+        passed.add(found[0][1], parts[0])
+    return None if most is None else most[1]
+
+
+def _wrong(parts: Sequence[Part], run: ModuleRun) -> bool:
+    """Whether a tensor differs on some rank, or no rank holds some of its columns."""
+    return any(bool(part.wrong.any()) for part in parts) or (len(parts) == len(run.ranks) and len(_missing(parts)) > 0)
+
+
+def _unlike(parts: Sequence[Part], reference: _Reference, later: Sequence[_Found]) -> bool:
+    """Whether the two sides mean different things by a tensor: it has nothing of the other, and what follows agrees.
+
+    A fault is in all that is computed from it; of a module that hands on the residual stream apart, where the
+    reference's adds it, the next norm gives the same. What depends on the position alone, such as a rotary table,
+    is computed from neither.
+    """
+    broken = {part.rank: set(part.rows[part.wrong].tolist()) for part in parts if bool(part.wrong.any())}
+    if not broken or any(float(part.error.nan_to_num(0).max()) < UNLIKE * part.scale for part in parts):
+        return False
+    for found in later:
+        if found[0][1].kind != "output" or not _depends_on_tokens(*found[0]):
+            continue
+        compared = [part for record, point in found if (part := reference.compare(record, point)) is not None]
+        again = [part for part in compared if part.rank in broken and part.must and part.known]
+        if len(again) == len(broken) and all(_agrees_at(part, broken[part.rank]) for part in again):
+            return True
+    return False
+
+
+def _agrees_at(part: Part, rows: set[int]) -> bool:
+    here = torch.tensor([row in rows for row in part.rows.tolist()])
+    return int(here.sum()) == len(rows) and not bool(part.wrong[here].any())
+
+
+def _depends_on_tokens(record: ModuleRecord, point: Point) -> bool:
+    """Whether some two sequences differ at their first positions."""
+    first = record.rows[point.rows][:, 1] == 0
+    values = point.values[first]
+    return len(values) > 1 and not bool((values == values[0]).all())
+
+
+def _origin(point: Point, reference: _Reference, passed: _Passed) -> Point:
+    """The output that a wrong input is, if it is that of a module which gives other tensors than the reference's."""
+    if point.kind == "input":
+        for _, made in reversed(passed.unknown):
+            same = made.kind == "output" and torch.equal(made.rows, point.rows)
+            if same and torch.equal(made.values, point.values) and made.module in reference.modules:
+                return made
+    return point
 
 
 def describe(found: Finding) -> str:
@@ -135,6 +240,13 @@ def describe(found: Finding) -> str:
     phase = {"prompt": "in the prompt", "first token": "at the prompt's last token", "decode": "in decode"}[found.phase]
     how = f", {found.how}" if found.how else ""
     place = f"at TP={found.tensor_parallel_size}, {phase} of request {found.request} (position {found.position}{how})"
+    if found.within:
+        return (
+            f"No module is beyond its own limit, which is looser than that of logits. The error grows most at "
+            f"{what}{_on_ranks(found)}, {place}: {found.tensor} is off by {found.error:.2g}, "
+            f"{found.error / found.allowed:.0%} of the {found.allowed:.2g} allowed there, where nothing before it is "
+            f"beyond {found.before:.0%}."
+        )
     said = [f"First to differ: {what}{_on_ranks(found)}, {place}.", _difference(found), _what_agrees(found)]
     if found.candidates:
         shown = ", ".join(found.candidates[:4]) + (", ..." if len(found.candidates) > 4 else "")
@@ -194,7 +306,7 @@ class Diagnosis:
         Whatever goes wrong on the way is said instead, and is no failure of its own.
         """
         broken = [m for m in verdict.measurements if not m.ok and m.where.startswith("TP=")]
-        if check.group not in GROUPS or verdict.status is not Status.FAILED or not broken:
+        if check.group not in GROUPS or "precision" in check.needs or verdict.status is not Status.FAILED or not broken:
             return ""
         try:
             return self._explain(check, broken)
@@ -205,18 +317,22 @@ class Diagnosis:
         sizes = sorted({int(m.where.removeprefix("TP=")) for m in broken})
         scenarios = [name for name in ENGINE_SCENARIOS if name in check.needs] or ["plain"]
         for size in sizes:
-            if isinstance(known := self._known.get(("plain", size)), Finding):
+            known = self._known.get(("plain", size))
+            if isinstance(known, Finding) and not known.within:
                 return describe(known)  # what goes wrong without any scheduling needs no other scenario
+        grown: Finding | None = None
         for name in scenarios:
             found = self._find(name, sizes[0], _focus(broken, sizes[0]))
             if isinstance(found, str):
                 return f"No diagnosis: {found}"
-            if found is not None:
+            if found is not None and not found.within:
                 return describe(found) + (f" (Scenario {name}.)" if name != "plain" else "")
-        again = f"No diagnosis: run once more ({', '.join(scenarios)} at TP={sizes[0]}) with every module recorded, "
-        if check.needs & {"deployed", "pipeline"}:
-            return f"{again}in one process, all modules agree: what differs is what spawned workers build or load."
-        return f"{again}all modules agree with the reference."
+            grown = grown or found
+        again = f"{', '.join(scenarios)} at TP={sizes[0]} once more, with every module recorded"
+        if grown is None:
+            return f"No diagnosis: {again}: no module has a counterpart in the reference to be compared with."
+        elsewhere = next((where for need, where in _ELSEWHERE.items() if need in check.needs), "")
+        return f"{elsewhere}{again[0].upper()}{again[1:]}: {describe(grown)}"
 
     def _find(self, scenario: str, size: int, focus: tuple[str, int] | None) -> Finding | str | None:
         if (scenario, size) not in self._known:
@@ -224,7 +340,7 @@ class Diagnosis:
             if isinstance(run, Failure):
                 self._known[scenario, size] = f"{run.message}{f' while {run.phase}' if run.phase else ''}"
             else:
-                self._known[scenario, size] = first_difference(run)
+                self._known[scenario, size] = first_difference(run) or largest_growth(run)
         return self._known[scenario, size]
 
 
@@ -271,6 +387,9 @@ class _Reference:
     def __init__(self, run: ModuleRun) -> None:
         self._record = run.reference
         self._points = {point.key: point for point in run.reference.points}
+        self.modules = {point.module for point in run.reference.points}
+        self._ranks = len(run.ranks)
+        self._pairs: dict[int, dict[_Key, _Pair]] = {}
         self._eps = torch.finfo(getattr(torch, run.dtype)).eps
         self._phases = phases(run.reference)
         sequences = run.reference.sequences
@@ -280,11 +399,23 @@ class _Reference:
         }
         self._rows_of: dict[int, torch.Tensor] = {}
 
-    def compare(self, record: ModuleRecord, point: Point, key: tuple[str, str, str, int] | None = None) -> Part | None:
-        """One rank's tensor against the reference's of the same key; None where there is nothing to compare."""
-        theirs = self._points.get(key or point.key)
-        if theirs is None or point.values.shape[1] > theirs.values.shape[1]:
-            return None
+    def compare(self, record: ModuleRecord, point: Point, other: Point | None = None) -> Part | None:
+        """One rank's tensor against the reference's, the one it is paired with unless another is given.
+
+        None where there is nothing to compare.
+        """
+        if other is not None:
+            return self._compare(record, point, other, must=True)
+        if record.rank not in self._pairs:
+            self._pairs[record.rank] = _pairs(record.points, self._record.points, self._ranks)
+        found: Part | None = None
+        for ours, theirs, must in self._pairs[record.rank].get(point.key, ()):
+            part = self._compare(record, ours, theirs, must=must)
+            if part is not None and (found is None or not bool(part.wrong.any())):
+                found = part
+        return found
+
+    def _compare(self, record: ModuleRecord, point: Point, theirs: Point, *, must: bool) -> Part | None:
         index = torch.full([len(self._record.rows) + 1], -1)  # the last is for rows the reference does not have
         index[theirs.rows] = torch.arange(len(theirs.rows))
         at = index[self._matching(record)[point.rows]]
@@ -302,13 +433,15 @@ class _Reference:
             columns=columns,
             full=expected.shape[1],
             known=known,
+            scale=float(expected.abs().nan_to_num(0, 0, 0).max()),
+            must=must,
         )
 
     def same_as(self, record: ModuleRecord, point: Point) -> str | None:
         """The module of the reference, of any name, that gave what this one did; None if there is none."""
-        for key, theirs in self._points.items():
+        for theirs in self._points.values():
             if theirs.kind == "output" and theirs.values.shape[1] == point.values.shape[1]:
-                part = self.compare(record, point, key)
+                part = self.compare(record, point, theirs)
                 if part is not None and not bool(part.wrong.any()):
                     return theirs.module
         return None
@@ -343,6 +476,68 @@ class _Reference:
         return allowed
 
 
+def _pairs(ours: Sequence[Point], theirs: Sequence[Point], ranks: int) -> dict[_Key, _Pair]:
+    """What of the reference each tensor is to be compared with, by key, and whether the two must agree.
+
+    Arguments belong together by the names of the parameters, or in order where the names differ and all shapes fit.
+    A module that takes or gives another number of tensors than the reference's may mean something else by them, such
+    as a residual stream apart: they may agree, and need not.
+    """
+    calls: dict[tuple[str, str, int], list[Point]] = {}
+    for point in theirs:
+        calls.setdefault((point.module, point.kind, point.call), []).append(point)
+    own: dict[tuple[str, str, int], list[Point]] = {}
+    for point in ours:
+        own.setdefault((point.module, point.kind, point.call), []).append(point)
+    found: dict[_Key, _Pair] = {}
+    for call, mine in own.items():
+        for point, pair in _paired(mine, calls.get(call, []), ranks):
+            found.setdefault(point.key, []).extend(pair)
+    return found
+
+
+def _paired(ours: Sequence[Point], theirs: Sequence[Point], ranks: int) -> Iterator[tuple[Point, _Pair]]:
+    """The tensors of one call."""
+    names = {point.name: point for point in theirs if point.name}
+    if len(names) == len(theirs) and {point.name for point in ours} == names.keys():
+        yield from ((p, [(p, names[p.name], True)]) for p in ours if _fits(p, names[p.name], ranks))
+    elif len(ours) == len(theirs):
+        pairs = list(zip(ours, theirs, strict=True))
+        if ours[0].kind == "output" or all(_fits(*pair, ranks) for pair in pairs):
+            yield from ((p, [(p, other, True)]) for p, other in pairs if _fits(p, other, ranks))
+    elif not theirs:
+        return
+    elif len(ours) == 1 and _fits(ours[0], joined := _side_by_side(theirs), ranks):
+        yield ours[0], [(ours[0], joined, True)]
+    elif ours[0].kind == "input":
+        yield from (
+            (p, [(p, names[p.name], False)]) for p in ours if p.name in names and _fits(p, names[p.name], ranks)
+        )
+    else:
+        alike = [p for p in ours if p.values.shape == ours[0].values.shape]
+        total = replace(ours[0], values=torch.stack([p.values for p in alike]).sum(0))
+        yield ours[0], [(p, theirs[0], False) for p in (ours[0], total) if _fits(p, theirs[0], ranks)]
+
+
+def _fits(ours: Point, theirs: Point, ranks: int) -> bool:
+    """Whether one can be the other, or a rank's share of it."""
+    n, m = ours.values.shape[1], theirs.values.shape[1]
+    return n == m or n < m <= n * ranks
+
+
+def _side_by_side(points: Sequence[Point]) -> Point:
+    """Several tensors of one call as one, in the rows that the first has."""
+    first = points[0]
+    if any(not torch.equal(point.rows, first.rows) for point in points):
+        return first
+    noises = [point.noise for point in points if point.noise is not None]
+    return replace(
+        first,
+        values=torch.cat([point.values for point in points], 1),
+        noise=torch.stack(noises).amax(0) if len(noises) == len(points) else first.noise,
+    )
+
+
 def phases(record: ModuleRecord) -> torch.Tensor:
     """[R] int64, the phase of each row: 0 for the prompt but its last token, 1 for that one, 2 for generated ones."""
     prompts = torch.tensor([sequence.prompt for sequence in record.sequences], dtype=torch.int64)
@@ -350,7 +545,7 @@ def phases(record: ModuleRecord) -> torch.Tensor:
     return (record.rows[:, 1] >= last).long() + (record.rows[:, 1] > last).long()
 
 
-def _in_order(run: ModuleRun) -> Iterator[list[tuple[ModuleRecord, Point]]]:
+def _in_order(run: ModuleRun) -> Iterator[_Found]:
     """Every tensor in order of execution, on all ranks that have it."""
     by_key = [{point.key: point for point in record.points} for record in run.ranks]
     for key in dict.fromkeys(key for points in by_key for key in points):
@@ -438,7 +633,7 @@ def _ranks(run: ModuleRun, reference: _Reference, point: Point, broken: set[int]
 
 
 def _share(part: Part, parts: Sequence[Part]) -> str:
-    if not bool(part.wrong.any()):
+    if not bool(part.wrong.any()) and len(_missing(parts)):
         return f"no rank holds columns {_span(_missing(parts))} of {part.full}"
     if len(part.columns) == part.full:
         return ""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import genmodel
-from genmodel.conformance.diagnosis import Finding, Findings
+from genmodel.conformance.diagnosis import Finding, Findings, describe
 from genmodel.conformance.verdict import Measurement, Status, Verdict
 from genmodel.runners.evidence import Evidence, ReferenceRun
 
@@ -63,7 +63,9 @@ def target_json(evidence: Evidence, findings: Findings | None = None) -> dict[st
 
 def _finding_json(found: Finding | str | None) -> dict[str, Any]:
     if not isinstance(found, Finding):
-        return {"module": None, "reason": found or "all modules agree with the reference"}
+        return {"module": None, "reason": found or "no module has a counterpart in the reference"}
+    if found.within:
+        return {"module": None, "reason": describe(found)}
     return {
         "module": found.module,
         "module_class": found.module_class,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -225,7 +226,28 @@ def test_a_diagnosis_that_goes_wrong_says_so_and_no_more() -> None:
     assert Diagnosis(broken).explain(check, failed(check.id)) == "No diagnosis: OSError: no memory"
     assert Diagnosis(lambda *_: lost).explain(check, failed(check.id)) == "No diagnosis: host 0 died while generating"
     said = Diagnosis(lambda *_: run(true_points())).explain(check, failed(check.id))
-    assert "all modules agree: what differs is what spawned workers build or load" in said
+    assert said.startswith("Spawned workers are not recorded")
+    assert "it is in what the workers build or load. Plain at TP=1 once more" in said
+    staged = catalogue.get("deployment.pipeline")
+    assert "hands on to the next" in Diagnosis(lambda *_: run(true_points())).explain(staged, failed(staged.id))
+
+
+@pytest.mark.parametrize("module", ["a", "b", "c"])
+def test_a_diagnosis_never_contradicts_the_verdict(module: str) -> None:
+    """Where no module is beyond its own limit, it says where the error grows most and by how much."""
+    made = run(changed(true_points(), module, "output", 6 * NOISE))
+    assert first_difference(made) is None
+    check = catalogue.get("logits.values")
+    said = Diagnosis(lambda *_: made).explain(check, failed(check.id))
+    assert re.search(rf"grows most at {module} \(\w+\), at TP=1.* off by 6e-06, \d\d% of the .* beyond 0%", said), said
+    assert "agree" not in said
+
+
+def test_what_has_no_counterpart_is_said() -> None:
+    mine = [replace(p, module=f"my_{p.module}") for p in true_points()]
+    check = catalogue.get("logits.values")
+    said = Diagnosis(lambda *_: run(mine)).explain(check, failed(check.id))
+    assert "no module has a counterpart" in said
 
 
 def test_a_failure_tells_where_it_begins() -> None:
@@ -255,7 +277,7 @@ OPTIONS = {
         spec=f"mutant:{f.name}",
         target=f.factory,
         tensor_parallel_sizes=f.tp if isinstance(f, Mutant) else (f.tp,),
-        reference=f.reference if isinstance(f, Mutant) else None,
+        reference=f.reference,
         config=f.config if isinstance(f, Mutant) else None,
     )
     for f in CASES

@@ -23,11 +23,12 @@ class Fault:
     """A broken factory and what a diagnosis must say of it."""
 
     name: str
-    factory: Callable[[Any, ParallelContext], nn.Module]
+    factory: Callable[..., nn.Module]
     at: str
     tp: int
     ranks: tuple[int, ...]
     phase: str
+    reference: str | None = None
 
 
 FAULTS: list[Fault] = []
@@ -57,7 +58,9 @@ def scaled(module: Any, when: Callable[[Tensor], bool], by: float = 1.01) -> Non
 
     def changed(x: Tensor, *rest: Tensor) -> Any:
         out = forward(x, *rest)
-        return out * by if when(x) else out
+        if not when(x):
+            return out
+        return (out[0] * by, *out[1:]) if isinstance(out, tuple) else out * by
 
     module.forward = changed
 
@@ -147,3 +150,70 @@ def another_activation(module: Any, _rank: int) -> None:
         return out
 
     module.forward = forward
+
+
+@fault("norm")
+def epsilon_of_the_last_norm(module: Any, _rank: int) -> None:
+    """One norm has an epsilon of its own."""
+    module.eps = 1e-5
+
+
+# The same in vLLM's own layers, against dense: norms add to the residual stream, which is handed on apart -----------
+
+
+def native_fault(at: str, *, tp: int = 1, ranks: tuple[int, ...] = (0,)) -> Callable[[Callable[[Any], None]], None]:
+    """Register a mutation of the module at that name of `vllm_layers`, whose reference is dense."""
+
+    def register(mutate: Callable[[Any], None]) -> None:
+        def factory(vllm_config: Any) -> nn.Module:
+            from genmodel.reference_models.vllm_layers import VllmDense  # here, for it imports vLLM
+
+            model = VllmDense(vllm_config=vllm_config)
+            mutate(model.get_submodule(at))
+            return model
+
+        FAULTS.append(Fault(mutate.__name__, factory, at, tp, ranks, "prompt", f"{dense.__name__}:factory"))
+
+    return register
+
+
+@native_fault("layers.0.attn.attn")
+def native_attention(module: Any) -> None:
+    """The first module after three that take their arguments in another order than dense's."""
+    scaled(module, lambda _: True)
+
+
+@native_fault("layers.0.mlp_norm")
+def native_norm_in_the_first_layer(module: Any) -> None:
+    """A norm that gives two tensors where dense's gives one."""
+    scaled(module, lambda _: True)
+
+
+@native_fault("layers.1.mlp_norm")
+def native_epsilon(module: Any) -> None:
+    """An epsilon of its own."""
+    module.variance_epsilon = 1e-5
+
+
+@native_fault("layers.1.attn.qkv")
+def native_qkv(module: Any) -> None:
+    """A projection whose parts dense gives one by one."""
+    scaled(module, lambda _: True)
+
+
+@native_fault("layers.2.mlp.down", tp=2, ranks=(0, 1))
+def native_down(module: Any) -> None:
+    """The last layer's output, on all ranks."""
+    scaled(module, lambda _: True)
+
+
+@native_fault("layers.2.attn.o_proj", tp=2, ranks=(0, 1))
+def native_output(module: Any) -> None:
+    """In a sharded engine too."""
+    scaled(module, lambda _: True)
+
+
+@native_fault("norm")
+def native_last_norm(module: Any) -> None:
+    """After it there is only the head."""
+    scaled(module, lambda _: True)

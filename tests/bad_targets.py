@@ -40,6 +40,10 @@ def reads_missing_setting(vllm_config: Any, parallel_context: ParallelContext) -
 
 def lacks_methods(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
     class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             return tokens
 
@@ -83,4 +87,4 @@ def no_prefix(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
 def other_epsilon(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
     """Right but for the norms' epsilon."""
     config = dense.Config.from_hf(vllm_config.model_config.hf_config)
-    return dense.Dense(dataclasses.replace(config, rms_norm_eps=1e-3), parallel_context)
+    return dense.Dense(dataclasses.replace(config, rms_norm_eps=1e-5), parallel_context)

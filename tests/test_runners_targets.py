@@ -96,6 +96,8 @@ def test_config_and_weights_that_cannot_be_read(session: Session, tmp_path: Path
     """Every mistake in an option is one line."""
     broken = tmp_path / "broken.json"
     broken.write_text("{")
+    a_directory = tmp_path / "directory.json"
+    a_directory.mkdir()
     a_list = tmp_path / "list.json"
     a_list.write_text("[1]")
     for config, message in {
@@ -104,7 +106,7 @@ def test_config_and_weights_that_cannot_be_read(session: Session, tmp_path: Path
         str(tmp_path / "absent.json"): "No such file",
         "bad_targets:nothing": "no attribute 'nothing'",
         "neither": "neither a .json file, my_pkg",
-        str(tmp_path): "is not a file",
+        str(a_directory): "is not a file",
         _config(tmp_path, model_type="unheard_of"): "neither transformers nor vLLM knows model_type 'unheard_of'",
         _config(
             tmp_path, model_type="unheard_of", auto_map={}

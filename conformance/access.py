@@ -142,7 +142,7 @@ def whole_gradients(evidence: Evidence) -> RankGradients:
 def _nothing_to_compare(evidence: Evidence, absent: NoEvidence) -> NoEvidence | NotApplicable:
     """A model that was not asked to run at TP=1 need not be able to."""
     failure = absent.failure
-    if failure is None or failure.kind == "proof" or 1 in sizes(evidence):
+    if failure is None or failure.kind in ("proof", "slow") or 1 in sizes(evidence):
         return absent
     return NotApplicable(f"it takes the model at TP=1 to compare with: {failure.message}")
 

@@ -210,7 +210,7 @@ def _without_evidence(absent: NoEvidence) -> tuple[Status, str, str]:
     failure = absent.failure
     if failure is None:
         return Status.ERROR, f"no evidence: the {absent.scenario} scenario was not run at {absent.where}", ""
-    status = Status.ERROR if failure.kind == "proof" else Status.FAILED
+    status = Status.ERROR if failure.kind in ("proof", "slow") else Status.FAILED
     return status, f"no evidence: {_happened(failure)}", failure.details
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch  # unpickling brings it in where it is needed
 
-FailureKind = Literal["raised", "died", "timeout", "abandoned", "unusable", "proof"]
+FailureKind = Literal["raised", "died", "timeout", "slow", "abandoned", "unusable", "proof"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,8 @@ class Failure:
     """Why a scenario gave no evidence.
 
     `kind` tells whose fault it is: "raised" (the model or vLLM raised), "died" (a signal or exit),
-    "timeout", "abandoned" (another rank failed first), "unusable" (the target or the options; exit
+    "timeout" (it would never have ended), "slow" (the machine's: it ran out of time while it got on),
+    "abandoned" (another rank failed first), "unusable" (the target or the options; exit
     code 4) or "proof" (the harness did not get the path the scenario is named for: an error, never a
     verdict on the model).
     """

@@ -171,6 +171,13 @@ def cause(directory: Path, sockets: Path, *, settle: bool = True) -> Fate | None
 def stacks(directory: Path) -> list[tuple[str, int, str]]:
     """What every thread of each process of a host's engine is doing, the main thread last: (name, rank, stacks)."""
     names = _names(directory)
+    found = stacks_by_process(directory)
+    return [(*_called(names[pid]), text) for pid, text in found.items() if pid in names]
+
+
+def stacks_by_process(directory: Path) -> dict[int, str]:
+    """The same by process id."""
+    names = _names(directory)
     before = {pid: _stacks(directory, pid) for pid in names}
     for pid in names:
         with contextlib.suppress(ProcessLookupError):
@@ -179,7 +186,7 @@ def stacks(directory: Path) -> list[tuple[str, int, str]]:
     while True:
         found = {pid: _stacks(directory, pid)[len(before[pid]) :] for pid in names}
         if time.monotonic() > patient or all("\nCurrent thread" in f"\n{text}" for text in found.values()):
-            return [(*_called(names[pid]), text) for pid, text in found.items()]
+            return found
         time.sleep(0.05)
 
 

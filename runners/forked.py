@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from genmodel.runners import fates
-from genmodel.runners.leftovers import adopt_orphans, die_with_parent
+from genmodel.runners.leftovers import adopt_orphans, die_with_parent, name_shared
 
 FIRST_TO_GO = "500"
 """Where memory runs out, the kernel takes hosts before pytest, an editor or a shell, which are at 0 (of 1000)."""
@@ -126,6 +126,8 @@ def _replace_environment(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # the fork server's
+    if "TMPDIR" in environment:
+        name_shared(Path(environment["TMPDIR"]))
     # The OpenMP runtime has read OMP_NUM_THREADS already, when the fork server loaded it.
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if "torch" in sys.modules and threads.isdecimal():

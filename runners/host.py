@@ -1,7 +1,7 @@
 """A host: a process, one per rank and target, that has torch and vLLM imported and runs command after command.
 
 Forked from a process that has imported them (`genmodel.runners.launcher`), with one end of a socket pair.
-Everything the model prints goes to the host's log; what is sent back is data.
+Everything the model prints goes to the host's log; what is sent back is data (`genmodel.runners.wire`).
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import pickle
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+from genmodel.runners import progress
 from genmodel.runners.protocol import Command, describe_failure
+from genmodel.runners.wire import Channel
 
 LOST = 121
 """Exit status of a host that can tell the pool nothing more."""
@@ -46,40 +49,40 @@ class Phase:
 def serve(connection: Connection, rank: int) -> None:
     """Serve commands until told to stop or until the other end is gone."""
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    calls = progress.Calls(Path(os.environ["TMPDIR"], progress.CALLS))
+    signal.signal(signal.SIGUSR1, calls)
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=True)
+    channel = Channel(socket.socket(fileno=os.dup(connection.fileno())), blocking=True)
+    connection.close()
     try:
         # Both were imported before the fork, unless that failed: then they fail here, where it can be told.
         from genmodel.runners import commands, preloaded
     except Exception as error:  # noqa: BLE001 - an import can fail in any way
-        connection.send(("failed", describe_failure(error, "start", rank, "importing torch and vLLM")))
+        channel.send(("failed", describe_failure(error, "start", rank, "importing torch and vLLM")))
         return
-    connection.send(("ready", preloaded.SECONDS))
+    channel.send(("ready", preloaded.SECONDS))
     state = commands.State(rank=rank)
     while True:
         try:
-            command = connection.recv()
+            command = channel.receive()
         except EOFError:
             return
         try:
-            connection.send(_run(commands, state, command, connection))
+            _run(commands, state, command, channel)
         except OSError:
             os._exit(LOST)
+        calls.forget()
 
 
-def _run(commands: Any, state: Any, command: Command, connection: Connection) -> tuple[str, Any]:
-    phase = Phase(lambda name: connection.send(("phase", name)))
+def _run(commands: Any, state: Any, command: Command, channel: Channel) -> None:
+    phase = Phase(lambda name: channel.send(("phase", name)))
     state.phase = phase
     try:
         result = getattr(commands, command.name)(state, **command.arguments)
         if isinstance(result, Iterator):
             for part in result:
-                connection.send(("part", _by_value(part)))
+                channel.send(("part", part))
             result = None
-        return "done", _by_value((result, phase.seconds))
+        channel.send(("done", (result, phase.seconds)))
     except BaseException as error:  # noqa: BLE001 - models also raise SystemExit and KeyboardInterrupt
-        return "failed", describe_failure(error, command.scenario, state.rank, phase.current)
-
-
-def _by_value(answer: Any) -> bytes:
-    """Pickled here: multiprocessing would hand tensors over in shared memory, which dies with this process."""
-    return pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+        channel.send(("failed", describe_failure(error, command.scenario, state.rank, phase.current)))

@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -36,6 +37,9 @@ from genmodel.runners.leftovers import (
     reap,
     remove,
 )
+
+FILES = 1024
+"""Open files that hosts may have if the hard limit lets them: what most systems allow."""
 
 
 class HostProcess:
@@ -78,6 +82,8 @@ class Launcher:
     """
 
     def __init__(self, environment: Mapping[str, str], directory: Path, sockets: Path) -> None:
+        self._sockets = sockets
+        self._serves = False
         ours, theirs = socket.socketpair()
         self.connection = Connection(ours.detach())
         self._processes: dict[int, HostProcess] = {}
@@ -101,8 +107,9 @@ class Launcher:
 
     @property
     def alive(self) -> bool:
-        """Whether it can start hosts."""
-        return self._process.poll() is None
+        """Whether it can start hosts: a model can have removed the socket at which the fork server is asked to."""
+        asked_at = self._sockets.glob("pymp-*/listener-*")
+        return self._process.poll() is None and (not self._serves or any(asked_at))
 
     def start(self, host_end: socket.socket, settings: dict[str, Any]) -> HostProcess:
         """Start a host at one end of a socket pair; returns at once."""
@@ -120,6 +127,7 @@ class Launcher:
                 number, pid, status = self.connection.recv()
                 process = self._processes[number]
                 process.pid = pid
+                self._serves = self._serves or pid is not None
                 if status is not None:
                     process.returncode = status
                     del self._processes[number]
@@ -152,6 +160,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     die_with_parent(signal.SIGTERM)
     adopt_orphans()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(FILES, hard)), hard))
     connection = Connection(int(sys.argv[1]))
     multiprocessing.set_forkserver_preload(["genmodel.runners.preloaded"])
     try:

@@ -12,12 +12,17 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Collection
+from multiprocessing import process, shared_memory
 from pathlib import Path
 
 SEGMENTS = Path("/dev/shm")
 """Where POSIX shared memory lives on Linux."""
 PATIENCE = 2.0
 """Seconds that multiprocessing's resource trackers have to unlink what dead processes had shared."""
+_MEMORY, _SEMAPHORE = "psm_", "mp-"
+"""What multiprocessing begins names with."""
+_RANDOM = 16
+"""Characters that it adds to the name of shared memory."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -68,14 +73,30 @@ def reap(spared: Collection[int]) -> None:
                 os.waitpid(pid, os.WNOHANG)
 
 
-def remove(directory: Path) -> None:
-    """Remove a host's temporary directory, and the shared memory of vLLM's communicators that it tells of.
+def name_shared(directory: Path) -> None:
+    """Let what this process shares by multiprocessing, memory and semaphores, have a name that tells whose it is.
 
-    vLLM names that after the rendezvous file, no tracker knows of it, and vLLM itself unlinks it only when it
-    ends in peace.
+    Args:
+        directory: of the host's temporary files, in that of its pool.
     """
-    for rendezvous in directory.glob("**/vllm_dist_*"):
-        for segment in SEGMENTS.glob(f"{rendezvous.name}*"):
+    whose = f"{directory.parent.name}-{directory.name}"
+    prefix = f"/{_MEMORY}{whose}_"
+    vars(shared_memory).update(_SHM_NAME_PREFIX=prefix, _SHM_SAFE_NAME_LENGTH=len(prefix) + _RANDOM)
+    vars(process.current_process())["_config"]["semprefix"] = f"/{_SEMAPHORE}{whose}"
+
+
+def remove(directory: Path) -> None:
+    """Remove a host's temporary directory, or its pool's, and the shared memory of the processes it belonged to.
+
+    Their resource tracker does that too, unless it was killed with them. Of vLLM's communicators no tracker knows: they
+    are named after the rendezvous file, and vLLM itself unlinks them only when it ends in peace.
+    """
+    of_host = directory.name.isdigit()
+    whose = f"{directory.parent.name}-{directory.name}[-_]*" if of_host else f"{directory.name}-*"
+    patterns = [f"{kind}{whose}" for kind in (_MEMORY, f"sem.{_SEMAPHORE}")]
+    patterns += [f"{rendezvous.name}*" for rendezvous in directory.glob("**/vllm_dist_*")]
+    for segment in (found for pattern in patterns for found in SEGMENTS.glob(pattern)):
+        with contextlib.suppress(OSError):
             segment.unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
 

@@ -6,7 +6,6 @@ import contextlib
 import getpass
 import itertools
 import os
-import pickle
 import re
 import signal
 import socket
@@ -15,17 +14,18 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from genmodel.runners import fates
-from genmodel.runners.evidence import Failure
+from genmodel.runners import fates, machine, progress
+from genmodel.runners.evidence import Failure, FailureKind
 from genmodel.runners.host import LOST
 from genmodel.runners.launcher import HostProcess, Launcher
 from genmodel.runners.leftovers import PATIENCE, remove
 from genmodel.runners.ports import free_ports
-from genmodel.runners.protocol import NOT_THE_AUTHORS, Command
+from genmodel.runners.protocol import Command, printable_failure, signal_name
+from genmodel.runners.wire import Channel, Garbled, ready
 
 IMPORT_DEADLINE = 240.0
 """Seconds a host may take to import torch and vLLM; a cold disk needs about 60."""
@@ -44,7 +44,7 @@ SHOWN = 25
 @dataclass(slots=True)
 class _Host:
     process: HostProcess
-    connection: Connection
+    channel: Channel
     log: Path
     directory: Path
     """Of its temporary files, which go with it."""
@@ -127,11 +127,11 @@ class Pool:
         """Give the same command to several ranks; the ranks must be idle."""
         hosts = [self._ensure(rank, command.process) for rank in ranks]
         for host in hosts:
-            host.log_start = host.log.stat().st_size
+            host.log_start = _size(host.log)
             host.kills = _kills()
             # A host that cannot even be written to is found dead by the job.
             with contextlib.suppress(OSError):
-                host.connection.send(command)
+                host.channel.send(command)
         return Job(self, command, dict(zip(ranks, hosts, strict=True)))
 
     def close(self) -> None:
@@ -141,7 +141,7 @@ class Pool:
             self._launcher.close()
             self._launcher = None
         for host in filter(None, hosts):
-            host.connection.close()
+            host.channel.close()
         remove(self.directory)
         remove(self.sockets)
 
@@ -154,8 +154,10 @@ class Pool:
         # The launcher tells of its death only when what it had started is dead, too.
         if host.process.wait(5 * PATIENCE) is None and self._launcher is not None:
             self._launcher.kill()
-        host.connection.close()
+        host.channel.close()
         remove(host.directory)
+        with contextlib.suppress(OSError):
+            host.log.unlink(missing_ok=True)
 
     @property
     def deaths(self) -> list[Connection]:
@@ -172,15 +174,18 @@ class Pool:
         return host
 
     def _spawn(self, rank: int) -> _Host:
+        for needed in (self.directory, self.sockets):
+            needed.mkdir(0o700, exist_ok=True)  # a model can have removed it
         if self._launcher is not None and not self._launcher.alive:
             self._launcher.kill()
             self._launcher = None
         if self._launcher is None:
             self._launcher = Launcher({**os.environ, **self._environment}, self.directory, self.sockets)
         ours, theirs = socket.socketpair()
-        log = self.directory / f"host{rank}.log"
+        number = next(self._numbers)
+        log = self.directory / f"{number}.log"
         log.touch(0o600)
-        directory = self.directory / str(next(self._numbers))
+        directory = self.directory / str(number)
         directory.mkdir(0o700)
         own = {
             "TMPDIR": str(directory),
@@ -195,7 +200,7 @@ class Pool:
         }
         process = self._launcher.start(theirs, settings)
         theirs.close()
-        return _Host(process, Connection(ours.detach()), log, directory)
+        return _Host(process, Channel(ours, blocking=False), log, directory)
 
 
 class Job:
@@ -210,6 +215,9 @@ class Job:
         self._begun = time.monotonic()
         self.started = dict.fromkeys(hosts, time.perf_counter())
         """When each rank could begin: at once, or when it had imported torch and vLLM."""
+        self._looks: dict[int, list[progress.Look]] = {rank: [] for rank in hosts}
+        """At each rank in its present phase, once half of its time is over."""
+        self._throttled = machine.throttled()
         self._culprit: tuple[int, float] | None = None
         """The first rank that failed, and when."""
 
@@ -222,15 +230,16 @@ class Job:
         """
         end = time.monotonic() + deadline
         while self._waiting:
-            connections = [host.connection for host in self._waiting.values()]
-            ready = wait([*connections, *self._pool.deaths], 1.0)
+            readable = ready([host.channel for host in self._waiting.values()], self._pool.deaths, 1.0)
             for rank, host in list(self._waiting.items()):
-                if host.connection in ready or host.process.poll() is not None:
-                    end = time.monotonic() + deadline
-                    self._receive(rank, host)
-                else:
+                ended = host.process.poll() is not None
+                if not ended and host.channel.fileno() not in readable:
                     _shorten(host)
                     self._look_at_engine(rank, host)
+                    self._watch(rank, host, 1 - (end - time.monotonic()) / deadline)
+                elif self._receive(rank, host, ended):
+                    end = time.monotonic() + deadline
+                    self._looks = {rank: [] for rank in self._looks}
             if self._importing:
                 end = max(end, self._begun + IMPORT_DEADLINE)
             if self._culprit is not None:
@@ -258,71 +267,96 @@ class Job:
     def _importing(self) -> bool:
         return any(not host.ready for host in self._waiting.values())
 
-    def _receive(self, rank: int, host: _Host) -> None:
+    def _receive(self, rank: int, host: _Host, ended: bool) -> bool:
+        """Take what a host has sent, its end included; returns whether that was anything whole."""
+        some = False
         try:
-            # A dead host's children may hold its end of the socket open: then there is nothing, and no end either.
-            kind, value = host.connection.recv() if host.connection.poll() else _nothing()
-        except (EOFError, OSError):
-            self._fail(rank, self._death(rank, host))
-            return
-        if kind == "ready":
-            host.ready, host.phase = True, "importing the target"
-            self.started[rank] = max(self.started[rank], host.begun + value)
-            self._pool.import_seconds = max(self._pool.import_seconds, value)
-        elif kind == "phase":
-            host.phase = value
-        elif kind == "part":
-            name, part = pickle.loads(value)
-            self._parts[rank][name] = part
-        elif kind == "done":
-            del self._waiting[rank]
-            answer, seconds = pickle.loads(value)
-            self._results[rank] = Result(self._parts[rank] or answer, None, seconds)
-        else:
-            self._fail(rank, value)
+            while rank in self._waiting and (message := host.channel.receive()) is not None:
+                some = True
+                self._take(rank, host, message)
+        except EOFError:
+            ended = True
+        except Garbled as garbled:
+            said = f"host {rank} sent what is no message of its own ({garbled}) while {host.phase}"
+            self._fail(rank, self._failure(rank, host, "died", said))
+        # A dead host's children may hold its end of the socket open: then there is nothing, and no end either.
+        if ended and rank in self._waiting:
+            # It tells why its connection ended by ending itself.
+            code = host.process.wait(PATIENCE)
+            said = f"host {rank} {_ended(code, host)} while {host.phase}"
+            self._fail(rank, self._failure(rank, host, "died", said))
+        return some or ended
+
+    def _take(self, rank: int, host: _Host, message: object) -> None:
+        match message:
+            case ("ready", float(seconds)):
+                host.ready, host.phase = True, "importing the target"
+                self.started[rank] = max(self.started[rank], host.begun + seconds)
+                self._pool.import_seconds = max(self._pool.import_seconds, seconds)
+            case ("phase", str(name)):
+                host.phase = name
+            case ("part", (str(name), part)):
+                self._parts[rank][name] = part
+            case ("done", (answer, dict(seconds))):
+                del self._waiting[rank]
+                self._results[rank] = Result(self._parts[rank] or answer, None, seconds)
+            case ("failed", Failure() as failure):
+                self._fail(rank, failure)
+            case _:
+                raise Garbled("it is none that a host sends")
 
     def _fail(self, rank: int, failure: Failure) -> None:
         host = self._waiting.pop(rank)
         told = _with_log(_with_cause(failure, host, self._pool.sockets), host)
-        self._results[rank] = Result(self._parts[rank], told, {})
+        self._results[rank] = Result(self._parts[rank], printable_failure(told), {})
         # What a model that failed has left behind in its process nobody knows, and a new one costs little.
         self._pool.discard(rank)
         # In a collective the others may now wait for this rank for ever, or fail likewise any moment.
         if self._culprit is None:
             self._culprit = rank, time.monotonic()
 
-    def _death(self, rank: int, host: _Host) -> Failure:
-        # It tells why its connection ended by ending itself.
-        code = host.process.wait(PATIENCE)
-        return Failure(
-            kind="died",
-            scenario=self._command.scenario,
-            rank=rank,
-            phase=host.phase,
-            message=f"host {rank} {_ended(code, host)} while {host.phase}",
-        )
+    def _failure(self, rank: int, host: _Host, kind: FailureKind, message: str) -> Failure:
+        return Failure(kind=kind, scenario=self._command.scenario, rank=rank, phase=host.phase, message=message)
+
+    def _watch(self, rank: int, host: _Host, over: float) -> None:
+        """Look at a host when these shares of its time are over."""
+        looks = self._looks[rank]
+        wanted = host.ready and rank in self._waiting and self._culprit is None
+        if wanted and len(looks) < sum(over >= due for due in progress.LOOKS):
+            before = _size(host.log)
+            looks.append(_look(host)[0])
+            # What the look has added to the log is no model's; what came with it is lost.
+            with contextlib.suppress(OSError):
+                os.truncate(host.log, before)
 
     def _give_up(self, deadline: float) -> None:
         """Of all that still work, say that they are late, and end them."""
         late = dict(self._waiting)
-        stacks = {rank: _stacks(host) for rank, host in late.items()}
+        stacks: dict[int, str] = {}
+        for rank, host in late.items():
+            last, stacks[rank] = _look(host)
+            self._looks[rank].append(last)
         # Of several late ranks, those in a collective wait for the others: blame the others.
         blamed = {rank for rank, stack in stacks.items() if not _IN_COLLECTIVE.search(stack)} or set(late)
         if self._culprit is not None:
             blamed = set()
         culprit = self._culprit[0] if self._culprit is not None else min(blamed)
         for rank, host in late.items():
-            allowed = IMPORT_DEADLINE if not host.ready else deadline
-            name, inner, stack = _busy(host) or (f"host {rank}", rank, "")
-            own = f"{name} gave no answer within {allowed:.0f} s, while {host.phase}"
-            failure = Failure(
-                kind="timeout" if rank in blamed else "abandoned",
-                scenario=self._command.scenario,
-                rank=inner if rank in blamed else rank,
-                phase=host.phase,
-                message=own if rank in blamed else f"ended because rank {culprit} failed",
-            )
-            self._fail(rank, _with_log(failure, host, stack))
+            if rank in blamed:
+                self._fail(rank, self._late(rank, host, IMPORT_DEADLINE if not host.ready else deadline))
+            else:
+                self._fail(rank, self._failure(rank, host, "abandoned", f"ended because rank {culprit} failed"))
+
+    def _late(self, rank: int, host: _Host, allowed: float) -> Failure:
+        gave = "no more than half of an answer" if host.channel.in_the_middle else "no answer"
+        name, inner, stack = _busy(host) or (f"host {rank}", rank, "")
+        said = f"{name} gave {gave} within {allowed:.0f} s, while {host.phase}"
+        looks = self._looks[rank]
+        # Before it is ready, no model's code has run in it.
+        if host.ready and progress.stuck(host.process.pid or 0, looks):
+            return _with_log(self._failure(inner, host, "timeout", said), host, stack)
+        busy = machine.strain(progress.share(looks), self._throttled)
+        return self._failure(inner, host, "slow", f"{said}, but it was getting on ({busy}): raise --genmodel-timeout")
 
 
 def _busy(host: _Host) -> tuple[str, int, str] | None:
@@ -340,7 +374,7 @@ def _ended(code: int | None, host: _Host) -> str:
         return "lost its connection (was it closed, with other file descriptors?)"
     if code == -signal.SIGKILL and _kills() > host.kills:
         return "was killed by the kernel, which ran out of memory,"
-    return f"died with {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+    return f"died with {signal_name(-code)}" if code < 0 else f"exited with status {code}"
 
 
 def _kills() -> int:
@@ -360,13 +394,28 @@ def _lasting_caches() -> dict[str, str]:
     return {"TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{user}")}
 
 
-def _stacks(host: _Host) -> str:
-    """What every thread of a host is doing, which faulthandler writes to its log when asked by a signal."""
-    start = host.log.stat().st_size
-    host.process.send_signal(signal.SIGUSR1)
+def _look(host: _Host) -> tuple[progress.Look, str]:
+    """Look at what a host and its children are doing; returns also what its own log says of that."""
+    leader = host.process.pid or 0
+    found: dict[int, str] = {}
+
+    def stacks() -> dict[int, str]:
+        found.update(fates.stacks_by_process(host.directory))
+        if progress.takes_signal(leader):
+            found[leader] = _stacks(host.log, leader)
+        return found
+
+    return progress.look(leader, host.directory / progress.CALLS, time.monotonic(), stacks), found.get(leader, "")
+
+
+def _stacks(log: Path, pid: int) -> str:
+    """What every thread of a process is doing, which faulthandler writes to its log when asked by a signal."""
+    start = _size(log)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGUSR1)
     patient = time.monotonic() + PATIENCE
     while True:
-        found = _read(host.log, start)
+        found = _read(log, start)
         # The main thread's comes last.
         if ("\nCurrent thread" in f"\n{found}" and found.endswith("\n")) or time.monotonic() > patient:
             return found
@@ -375,13 +424,10 @@ def _stacks(host: _Host) -> str:
 
 def _shorten(host: _Host) -> None:
     """Forget what a host that writes without end has written."""
-    if host.log.stat().st_size > LONGEST_LOG:
-        os.truncate(host.log, 0)
+    if _size(host.log) > LONGEST_LOG:
+        with contextlib.suppress(OSError):
+            os.truncate(host.log, 0)
         host.log_start = 0
-
-
-def _nothing() -> NoReturn:
-    raise EOFError
 
 
 def _with_cause(failure: Failure, host: _Host, sockets: Path) -> Failure:
@@ -412,14 +458,27 @@ def _with_log(failure: Failure, host: _Host, stacks: str = "") -> Failure:
 def _is_authors(line: str) -> bool:
     """Whether it is a frame of faulthandler's, in a file of the model's author."""
     frame = _FRAME.match(line)
-    return frame is not None and not frame[1].startswith(("<", *NOT_THE_AUTHORS))
+    return frame is not None and progress.is_authors(frame[1])
 
 
 def _read(log: Path, start: int) -> str:
-    """What has been written since, or the last LONGEST_READ bytes of it."""
-    with log.open("rb") as file:
-        file.seek(max(start, log.stat().st_size - LONGEST_READ))
-        return file.read().decode(errors="replace")
+    """What has been written since, or the last LONGEST_READ bytes of it; nothing where a model has removed the log."""
+    try:
+        # A model can also have put something else in its place, such as a FIFO, which would wait for a writer.
+        descriptor = os.open(log, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, "rb") as file:
+            file.seek(max(start, _size(log) - LONGEST_READ))
+            return file.read(LONGEST_READ).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _size(log: Path) -> int:
+    """Bytes in a log, which a model can have removed."""
+    try:
+        return log.lstat().st_size
+    except OSError:
+        return 0
 
 
 _FRAME = re.compile(r'  File "([^"<]*)", line \d+ in ')

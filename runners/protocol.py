@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sysconfig
 import tempfile
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ NOT_THE_AUTHORS = (
 )
 """Where a frame says nothing to the author of a model: the standard library, installed packages, the harness."""
 
-
+LONGEST_LINE = 4_000
+LONGEST_TEXT = 100_000
+"""Characters that are kept of a text of a model's, by whether it has to be one line."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NO_ROOM_SAID = os.strerror(errno.ENOSPC)
 
@@ -72,31 +76,90 @@ def describe_failure(error: BaseException, scenario: str, rank: int, phase: str)
     if no_room(error):
         error = Unusable(f"no space left on the device of {tempfile.gettempdir()}: free some, or set TMPDIR")
     kind: FailureKind = "unusable" if isinstance(error, Unusable) else "raised"
-    root = error
-    while root.__cause__ is not None and not _speaks_for_itself(root):
-        root = root.__cause__
+    root = next((e for e in _causes(error) if _speaks_for_itself(e) or e.__cause__ is None), error)
     name = "" if _speaks_for_itself(root) else f"{type(root).__name__}: "
-    message = f"{name}{root}".strip().removesuffix(":").splitlines()
+    message = f"{name}{_said(root)}".strip().removesuffix(":").splitlines()
     frames = traceback.extract_tb(root.__traceback__)
     shown = [f for f in frames if not f.filename.startswith(NOT_THE_AUTHORS)] or frames[-3:]
-    details = "".join(traceback.format_list(shown)) + "".join(traceback.format_exception_only(root))
-    return Failure(
-        kind=kind,
-        scenario=scenario,
-        rank=rank,
-        phase=phase,
-        message=message[0] if message else type(root).__name__,
-        details="" if _speaks_for_itself(root) else details,
+    details = "".join([*traceback.format_list(shown), *traceback.format_exception_only(root)])
+    return printable_failure(
+        Failure(
+            kind=kind,
+            scenario=scenario,
+            rank=rank,
+            phase=phase,
+            message=message[0] if message else type(root).__name__,
+            details="" if _speaks_for_itself(root) else details,
+        )
     )
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Text of a model's as it can be shown anywhere, and be written to any file.
+
+    What a terminal would obey, such as ESC, and what no file can hold, such as half of a surrogate pair, is spelt out.
+
+    Args:
+        text: whatever a model made.
+        lines: whether line breaks may stay; else it becomes one line.
+    """
+    most = LONGEST_TEXT if lines else LONGEST_LINE
+    if len(text) > most:
+        text = f"{text[: most // 2]} [... {len(text) - most:,} characters ...] {text[-(most // 2) :]}"
+    if text.isprintable():
+        return text
+    if lines:
+        return "".join(c if c in "\n\t" else _spelt(c) for c in text)
+    return " ".join("".join(map(_spelt, line)) for line in text.replace("\t", " ").splitlines())
+
+
+def printable_failure(failure: Failure) -> Failure:
+    """The failure with all its text printable, in one line where that is promised."""
+    return replace(
+        failure,
+        message=printable(failure.message),
+        phase=printable(failure.phase),
+        details=printable(failure.details, lines=True),
+    )
+
+
+def signal_name(number: int) -> str:
+    """What people call a signal; those without a name are the real-time ones."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"real-time signal {number}" if number >= signal.SIGRTMIN else f"signal {number}"
 
 
 def no_room(error: BaseException | None) -> bool:
     """Whether a full disk is what it comes from, be it told by Python or by a library's own exception."""
-    while error is not None:
-        if getattr(error, "errno", None) in _NO_ROOM or _NO_ROOM_SAID in str(error):
-            return True
-        error = error.__cause__
-    return False
+    return error is not None and any(
+        getattr(e, "errno", None) in _NO_ROOM or _NO_ROOM_SAID in _said(e) for e in _causes(error)
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception, its cause, and so on; a model's can go round in circles."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__
+
+
+def _said(error: BaseException) -> str:
+    """An exception's text; a model's own class may not even give that."""
+    try:
+        return str(error)[: LONGEST_TEXT + 1]
+    except BaseException as another:  # noqa: BLE001 - it is the model's code
+        return f"(and its text cannot be had: {type(another).__name__})"
+
+
+def _spelt(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) == "Zs":
+        return character
+    return character.encode("unicode_escape").decode()
 
 
 def _speaks_for_itself(error: BaseException) -> bool:

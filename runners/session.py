@@ -18,7 +18,17 @@ from typing import Any
 import cloudpickle
 
 from genmodel.runners import machine
-from genmodel.runners.evidence import Evidence, Failure, Inspection, ModuleRun, Span, TargetInfo, Trace, WeightAudit
+from genmodel.runners.evidence import (
+    Evidence,
+    Failure,
+    FailureKind,
+    Inspection,
+    ModuleRun,
+    Span,
+    TargetInfo,
+    Trace,
+    WeightAudit,
+)
 from genmodel.runners.pool import Job, Pool, Result
 from genmodel.runners.protocol import Command, Spec
 from genmodel.runners.ray_pool import NoCluster, RayJob, RayPool
@@ -72,7 +82,7 @@ class TargetOptions:
     timeout: float | None = None
     """Seconds that any one phase of a scenario may take, such as starting an engine or one generation.
 
-    None means DEADLINE, and SECONDS_PER_PARAMETER more.
+    None means DEADLINE, and SECONDS_PER_PARAMETER more, as often as this machine is slower than the measured one.
     """
     target: object = None
     """The factory itself, for callers in Python that have no "module:attr"; None means `spec` names it."""
@@ -102,6 +112,8 @@ class Session:
         self._kind = next((o.pool for o in options), "local")
         self._size = max((max(o.tensor_parallel_sizes) for o in options), default=1)
         self._progress = progress
+        self._slowness = 1.0
+        """Of the machine: how often its deadlines go into those of a fast one."""
         self._pool: Pool | RayPool | None = None
         self._targets: dict[TargetOptions, _Target] = {}
         self._count = 0
@@ -115,6 +127,7 @@ class Session:
         """
         if self._pool is not None:
             return
+        self._slowness = machine.slowness()
         with _room_needed():
             self._pool = self._made_pool()
             self._pool.start()
@@ -123,6 +136,7 @@ class Session:
         try:
             if self._kind == "ray":
                 return RayPool(self._size, {**HOST_ENVIRONMENT, "OMP_NUM_THREADS": "1"})
+            machine.require()
             return Pool(self._size, {**HOST_ENVIRONMENT, **machine.environment(self._size, self._share)})
         except (machine.TooSmall, NoCluster) as error:
             raise UnusableTarget(str(error)) from None
@@ -185,6 +199,7 @@ class Session:
                     self._count,
                     lambda line: self._say(options.spec, line),
                     self._begun,
+                    self._slowness,
                 )
         return self._targets[options]
 
@@ -203,13 +218,17 @@ class _Target:
         number: int,
         say: Callable[[str], None],
         begun: float,
+        slowness: float,
     ) -> None:
-        self._deadline = options.timeout or DEADLINE
+        self._slowness = slowness
+        self._deadline = options.timeout or DEADLINE * slowness
         self._timeouts: Counter[int] = Counter()
         """Engine scenarios that ran out of time, by tensor-parallel size."""
         self._commands = itertools.count()
         self._backend = ""
         """The attention backend of the first engine that had one."""
+        self._slow = False
+        """Whether the machine is to blame for one of these."""
         self._pool = pool
         self._options = options
         self._say = say
@@ -218,6 +237,7 @@ class _Target:
         self._begun = begun
         self._timeline: list[Span] = []
         directory = pool.directory / f"target{number}"
+        pool.directory.mkdir(0o700, exist_ok=True)  # a model can have removed it
         directory.mkdir()
         own = "Genmodel_" + re.sub(r"\W+", "_", options.spec)
         self._spec = Spec(
@@ -269,7 +289,7 @@ class _Target:
             return
         assert inspection is not None
         if self._options.timeout is None:
-            self._deadline = DEADLINE + SECONDS_PER_PARAMETER * _parameters(inspection)
+            self._deadline = (DEADLINE + SECONDS_PER_PARAMETER * _parameters(inspection)) * self._slowness
         drafted = plan(inspection, self._options.seed)
         self.evidence.requests = drafted.requests
         self._run(inspection, drafted, wanted)
@@ -431,8 +451,9 @@ class _Target:
         """Run the scenarios of one engine; when one fails, those after it go on in another."""
         if self._timeouts[size] >= TOO_MANY_TIMEOUTS:
             message = f"not run, after {self._timeouts[size]} other scenarios at TP={size} ran out of time"
+            kind: FailureKind = "slow" if self._slow else "timeout"
             for name in names:
-                self._keep(inspection, name, size, Failure(kind="timeout", scenario=name, message=message))
+                self._keep(inspection, name, size, Failure(kind=kind, scenario=name, message=message))
             return
         command = self._command(
             "generate",
@@ -452,7 +473,8 @@ class _Target:
             return
         failed, *others = names[len(done) :]
         self._keep(inspection, failed, size, failure)
-        self._timeouts[size] += failure.kind == "timeout"
+        self._timeouts[size] += failure.kind in _OUT_OF_TIME
+        self._slow |= failure.kind == "slow"
         if others:
             self._run_engine(inspection, drafted, size, others)
 
@@ -531,6 +553,7 @@ class _Target:
         self._seconds[phase] = max(seconds, self._seconds.get(phase, 0.0))
 
 
+_OUT_OF_TIME = ("timeout", "slow")
 _FIRST = "inspection"
 """The process in which a target is introduced and inspected."""
 

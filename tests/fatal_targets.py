@@ -11,9 +11,13 @@ import ctypes
 import itertools
 import mmap
 import os
+import pickle
 import random
 import resource
+import shutil
 import signal
+import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -32,6 +36,7 @@ from genmodel import ParallelContext
 from genmodel.modeling._vllm import engine_config
 from genmodel.modeling.loading import load_weights
 from genmodel.reference_models import dense
+from genmodel.runners.wire import encode
 
 _held: list[object] = []
 _numbers = itertools.count()
@@ -108,6 +113,77 @@ def fill() -> None:
     """All of the memory that a control group allows, and more."""
     Path(os.environ["LIMITED_GROUP"], "cgroup.procs").write_text(str(os.getpid()))
     torch.ones(1 << 30)
+
+
+# --- what a host's socket is not for -------------------------------------------------------------------------------
+
+
+def _tell_pool(content: bytes) -> None:
+    """Write to every socket of this process, the one to the pool among them."""
+    for number in (int(path.name) for path in Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                os.write(number, content)
+
+
+class Evil:
+    """Leaves a trace where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (os.environ["FATAL_TRACE"],)
+
+
+def send_pickle() -> None:
+    """As multiprocessing's connections frame it."""
+    content = pickle.dumps(("done", Evil()))
+    _tell_pool(struct.pack("!i", len(content)) + content)
+    time.sleep(3600)
+
+
+def send_half() -> None:
+    _tell_pool(b"".join(encode(("phase", "x" * 1000)))[:500])
+    time.sleep(3600)
+
+
+def send_length() -> None:
+    _tell_pool(struct.pack("!8sQQ", b"genmodel", 1 << 20, 1 << 62))
+    time.sleep(3600)
+
+
+def send_rubbish() -> None:
+    _tell_pool(os.urandom(1000))
+    time.sleep(3600)
+
+
+def send_nonsense() -> None:
+    """A whole message that no host sends."""
+    _tell_pool(b"".join(encode(("done", "well"))))
+    time.sleep(3600)
+
+
+def signal_in_real_time() -> None:
+    os.kill(os.getpid(), 40)
+
+
+def fail_in_circles() -> None:
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    raise first
+
+
+def fail_at_length() -> None:
+    raise ValueError("\x1b[2J\0\udc80" * 10_000_000)
+
+
+class Mute(Exception):
+    """Has no text."""
+
+    def __str__(self) -> str:
+        raise SystemExit
+
+
+def fail_without_text() -> None:
+    raise Mute
 
 
 # --- what changes a process ----------------------------------------------------------------------------------------
@@ -207,6 +283,32 @@ def leave_files() -> None:
 def leave_everything_and_die() -> None:
     leave_children()
     leave_files()
+    kill()
+
+
+def leave_shared_and_die() -> None:
+    """What nobody named, with the tracker that knows of it dead."""
+    from multiprocessing import get_context, resource_tracker
+
+    _held.append(shared_memory.SharedMemory(create=True, size=mmap.PAGESIZE))
+    _held.append(get_context("spawn").Semaphore())
+    semaphore = vars(_held[-1])["_semlock"].name
+    Path(os.environ["FATAL_SHARED"]).write_text(f"{_held[-2].name} sem.{semaphore.lstrip('/')}")  # type: ignore[attr-defined]
+    os.kill(vars(resource_tracker)["_resource_tracker"]._pid, signal.SIGKILL)
+    kill()
+
+
+def remove_everything_and_fail() -> None:
+    """All of the pool's files, its logs and the fork server's socket among them."""
+    shutil.rmtree(Path(os.environ["TMPDIR"]).parent)
+    fail()
+
+
+def replace_log_and_die() -> None:
+    """By what blocks whoever reads it."""
+    for log in Path(os.environ["TMPDIR"]).parent.glob("*.log"):
+        log.unlink()
+        os.mkfifo(log)
     kill()
 
 

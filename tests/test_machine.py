@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +67,68 @@ def test_visible_devices_are_the_only_ones(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(machine.importlib.metadata, "distributions", lambda **_: [type("D", (), {"name": "vllm"})])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert machine.environment(2, Share())["CUDA_VISIBLE_DEVICES"] == "3,5"
+
+
+# --- what the machine lacks ----------------------------------------------------------------------------------------
+
+RUN = (
+    "import sys; from genmodel.runners.session import Session, TargetOptions, UnusableTarget\n"
+    "try: Session([TargetOptions(spec='no:model')]).start()\n"
+    "except UnusableTarget as error: print(error)"
+)
+
+
+def said(*before: str, program: str = RUN, **variables: str) -> str:
+    """What a program prints, such as a session that starts, after commands of a shell, in namespaces of its own."""
+    command = " && ".join([*before, f"exec {shlex.quote(sys.executable)} -c {shlex.quote(program)}"])
+    unshared = ["unshare", "-m", "-n", "sh", "-c", f"{'' if 'lo' in variables else 'ip link set lo up && '}{command}"]
+    if subprocess.run(["unshare", "-m", "-n", "ip", "link", "set", "lo", "up"], check=False).returncode:
+        pytest.skip("no permission for namespaces, or no ip command")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables}
+    return subprocess.run(unshared, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("before", "variables", "expected"),
+    [
+        (
+            ["mount -t tmpfs -o size=64k tmpfs /dev/shm"],
+            {},
+            r"/dev/shm has 0\.1 MiB left, .* needed: docker run --shm-size=1g",
+        ),
+        (["ulimit -n 64"], {}, "a process may open 64 files here, and 256 are needed: ulimit -n 256"),
+        ([], {"lo": "down"}, r"ranks cannot meet at 127\.0\.0\.1 \(Network is unreachable\): ip link set lo up"),
+        ([], {"GLOO_SOCKET_IFNAME": "eth7"}, "GLOO_SOCKET_IFNAME names .* not there, eth7: unset it, or .* lo"),
+    ],
+)
+def test_what_is_lacking_is_one_line(before: list[str], variables: dict[str, str], expected: str) -> None:
+    """Before anything starts."""
+    line = said(*before, **variables)
+    assert re.search(expected, line), line
+    assert line.count("\n") <= 1
+
+
+def test_dockers_shared_memory_is_enough() -> None:
+    """64 MiB, for two ranks and beside them a default engine; nothing is left in it."""
+    program = (
+        "from genmodel.runners.session import Session, TargetOptions; import os\n"
+        "chosen = TargetOptions(spec='genmodel.reference_models.dense:factory')\n"
+        "with Session([chosen]) as session:\n"
+        "    found = session.collect(chosen, {'plain', 'deployed'}).traces\n"
+        "print(*(type(traces).__name__ for traces in found.values()), os.listdir('/dev/shm'))"
+    )
+    output = said("mount -t tmpfs -o size=64m tmpfs /dev/shm", program=program)
+    assert output == "tuple tuple tuple []\n"
+
+
+@pytest.mark.usefixtures("cpu")
+def test_threads_are_as_many_as_there_is_shared_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 MiB, which is Docker's default, are enough for some."""
+    monkeypatch.setattr(machine, "_shared_room", lambda: 64 << 20)
+    assert machine.environment(2, Share()) == {"OMP_NUM_THREADS": "3"}
+    assert machine.environment(1, Share()) == {"OMP_NUM_THREADS": "16"}
+    with pytest.raises(TooSmall, match=r"/dev/shm has 64\.0 MiB left, and 80 are needed"):
+        machine.environment(8, Share())
 
 
 def test_auto_starts_a_worker_for_each_model(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,9 @@ NAMED = sorted(set(re.findall(r"`(tests/\w+\.py)::(\w+)`", PAGE)))
 UNPICKLES = {"load", "loads", "Unpickler", "read_pickle", "recv"}
 """Calls of pickle, cloudpickle, torch and multiprocessing that run code for whoever wrote what they read."""
 ALLOWED = {
-    # what hosts, and the launcher, send through a socket pair that only they have
-    ("runners/pool.py", "pickle.loads"),
-    ("runners/pool.py", "host.connection.recv"),
-    ("runners/host.py", "connection.recv"),
+    # bytes, which `wire` decodes
+    ("runners/wire.py", "self._socket.recv"),
+    # what the launcher and its pool send each other through a socket pair that no host has
     ("runners/launcher.py", "connection.recv"),
     ("runners/launcher.py", "self.connection.recv"),
     # a target by value: from pytest's process to a host, and on in the environment of what the host starts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from genmodel.conformance.verdict import Status
 from genmodel.runners import pool
 from genmodel.runners.evidence import Evidence, Failure
 from genmodel.runners.leftovers import SEGMENTS, descendants
+from genmodel.runners.protocol import LONGEST_TEXT
 from genmodel.runners.session import TOO_MANY_TIMEOUTS, Session, TargetOptions, UnusableTarget
 
 SOON = 6.0
@@ -54,6 +57,27 @@ FAULTS: tuple[tuple[str, int, str, str, str], ...] = (
     ("factory.kill", 1, "died", "host 0 died with SIGKILL while inspecting the target", ""),
     ("factory.sleep", 1, "timeout", "host 0 gave no answer within 6 s, while inspecting the target", "in sleep"),
     ("training.segfault", 1, "died", "host 0 died with SIGSEGV while inspecting the target", "in segfault"),
+    ("factory.send_pickle", 1, "died", r"host 0 sent what is no message of its own \(it begins with b'\\x00", ""),
+    (
+        "factory.send_length",
+        1,
+        "died",
+        r"no message of its own \(it says that it is 4611686018428436480 bytes long\)",
+        "",
+    ),
+    ("factory.send_rubbish", 1, "died", r"host 0 sent what is no message of its own \(it begins with", ""),
+    ("factory.send_nonsense", 1, "died", r"no message of its own \(it is none that a host sends\)", ""),
+    ("factory.send_half", 1, "timeout", "host 0 gave no more than half of an answer within 6 s", "in send_half"),
+    ("factory.signal_in_real_time", 1, "died", "host 0 died with real-time signal 40 while inspecting", ""),
+    ("factory.fail_in_circles", 1, "raised", "^ValueError: first", "in fail_in_circles"),
+    (
+        "factory.fail_at_length",
+        1,
+        "raised",
+        r"^ValueError: \\x1b\[2J\\x00\\udc80.* characters \.\.\.\] ",
+        "in fail_at_length",
+    ),
+    ("factory.fail_without_text", 1, "raised", r"^Mute: \(and its text cannot be had: SystemExit\)", "in fail_without"),
 )
 
 PLACES = {
@@ -164,9 +188,10 @@ def failure_of(evidence: Evidence) -> Failure:
 
 
 def test_every_fault_is_told_and_the_next_model_is_judged_as_ever(
-    nothing_is_left: Callable[[Session], Path],
+    nothing_is_left: Callable[[Session], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Signal, rank, phase and the model's own frames; afterwards the healthy model passes on both sizes."""
+    monkeypatch.setenv("FATAL_TRACE", str(tmp_path / "unpickled"))
     asked = [options(name, size, timeout=SOON if kind == "timeout" else None) for name, size, kind, *_ in FAULTS]
     with Session([*asked, HEALTHY]) as session:
         directory = nothing_is_left(session)
@@ -181,6 +206,9 @@ def test_every_fault_is_told_and_the_next_model_is_judged_as_ever(
             if name != "forward.wait_for_others":
                 assert found.rank == size - 1, (name, found)
             assert found.phase, found
+            assert found.message.isprintable()
+            assert len(found.message) + len(found.details) < 2 * LONGEST_TEXT
+        assert not (tmp_path / "unpickled").exists()
         evidence = session.collect(HEALTHY, {"plain", "reference"})
         verdict = catalogue.judge(catalogue.get("logits.values"), evidence)
         assert verdict.status is Status.PASSED, verdict
@@ -231,6 +259,83 @@ def test_a_worker_that_hangs_is_named() -> None:
     assert (found.kind, found.rank) == ("timeout", 1), found
     assert found.message == "worker 1 gave no answer within 20 s, while generating (deployed)"
     assert "in loop" in found.details
+
+
+@contextlib.contextmanager
+def hardly_running(session: Session, share: float) -> Iterator[None]:
+    """Give the hosts this share of the time, as a machine with too much to do would."""
+    ended = threading.Event()
+
+    def stop_and_go() -> None:
+        while not ended.is_set():
+            for number, seconds in ((signal.SIGSTOP, 0.1 * (1 - share)), (signal.SIGCONT, 0.1 * share)):
+                for host in filter(None, session._pool._hosts):  # type: ignore[union-attr]
+                    if host.process.pid is not None and host.process.returncode is None:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(host.process.pid, number)
+                ended.wait(seconds)
+
+    thread = threading.Thread(target=stop_and_go)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_slow_machine_is_not_the_models_fault(nothing_is_left: Callable[[Session], Path], size: int) -> None:
+    """A model that is right and gets a twentieth of the machine: an error of the run, with what to do."""
+    chosen = options(HEALTHY.spec, size, timeout=120.0)
+    with Session([chosen]) as session:
+        nothing_is_left(session)
+        assert not isinstance(session.collect(chosen, {"inspection"}).inspection, Failure | None)
+        session._targets[chosen]._deadline = 3.0
+        with hardly_running(session, 0.05):
+            evidence = session.collect(chosen, {"plain", "alone"})
+    assert {found.kind for found in evidence.traces.values() if isinstance(found, Failure)} == {"slow"}
+    verdict = catalogue.judge(catalogue.get("scheduling.max_model_len"), evidence)
+    assert verdict.status is Status.ERROR
+    assert re.search(
+        r"host \d gave no answer within 3 s, .* getting on \(it had .* cores.*\): raise --genmodel-timeout",
+        verdict.reason,
+    )
+
+
+def test_what_a_killed_model_shared_is_unlinked(
+    nothing_is_left: Callable[[Session], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory and semaphores that it did not name, though the tracker that knows of them was killed, too."""
+    told = tmp_path / "shared"
+    monkeypatch.setenv("FATAL_SHARED", str(told))
+    strangers = [SEGMENTS / f"{name}{os.getpid()}" for name in ("psm_", "sem.mp-", "psm_0-", "psm_genmodel-")]
+    for stranger in strangers:
+        stranger.touch()
+    chosen = options("factory.leave_shared_and_die")
+    with Session([chosen]) as session:
+        directory = nothing_is_left(session)
+        session.collect(chosen, {"inspection"})
+        names = told.read_text().split()
+        assert all(directory.name in name for name in names)
+        assert [name for name in names if (SEGMENTS / name).exists()] == []
+    assert all(stranger.exists() for stranger in strangers)
+    for stranger in strangers:
+        stranger.unlink()
+
+
+def test_a_model_that_removes_the_pools_files_refuses_nobody_else(
+    nothing_is_left: Callable[[Session], Path],
+) -> None:
+    """Nor does one that puts something else in the place of its log."""
+    removes, replaces = options("factory.remove_everything_and_fail"), options("factory.replace_log_and_die")
+    with Session([replaces, removes, HEALTHY]) as session:
+        directory = nothing_is_left(session)
+        for chosen, kind in ((replaces, "died"), (removes, "raised")):
+            found = session.collect(chosen, {"inspection"}).inspection
+            assert isinstance(found, Failure)
+            assert found.kind == kind
+        evidence = session.collect(HEALTHY, {"plain", "reference"})
+        assert catalogue.judge(catalogue.get("logits.values"), evidence).status is Status.PASSED
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 
 def test_a_scenario_that_fails_leaves_the_others_their_verdicts() -> None:

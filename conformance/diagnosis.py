@@ -222,12 +222,11 @@ def _depends_on_tokens(record: ModuleRecord, point: Point) -> bool:
 
 
 def _origin(point: Point, reference: _Reference, passed: _Passed) -> Point:
-    """The output that a wrong input is, if it is that of a module which gives other tensors than the reference's."""
-    if point.kind == "input":
-        for _, made in reversed(passed.unknown):
-            same = made.kind == "output" and torch.equal(made.rows, point.rows)
-            if same and torch.equal(made.values, point.values) and made.module in reference.modules:
-                return made
+    """The output that a wrong tensor is, if it is that of a module which gives other tensors than the reference's."""
+    for _, made in reversed(passed.unknown):
+        same = made.kind == "output" and made.module != point.module and torch.equal(made.rows, point.rows)
+        if same and torch.equal(made.values, point.values) and made.module in reference.modules:
+            return made
     return point
 
 

@@ -186,6 +186,33 @@ def test_modules_of_other_names_are_known_by_what_they_give() -> None:
     assert found.candidates == ("my_c",)
 
 
+def apart(points: Sequence[Point]) -> list[Point]:
+    """The points of a model whose "b" takes positions too, and hands on a residual stream beside what it gives."""
+    made = []
+    for p in points:
+        if (p.module, p.kind) == ("b", "input"):
+            made += [
+                point("b", "input", "layer", torch.arange(ROWS)[:, None].float(), name="positions"),
+                replace(p, part="1", name="x"),
+            ]
+        elif (p.module, p.kind) == ("b", "output"):
+            made += [p, replace(p, part="1", values=p.values + 1)]
+        else:
+            made.append(p)
+    return made
+
+
+def test_arguments_in_another_order_are_no_difference() -> None:
+    assert first_difference(run(apart(true_points()))) is None
+
+
+def test_a_module_that_gives_more_than_the_references_is_named() -> None:
+    """What it gives goes into the next, and is wrong there."""
+    wrong = changed(changed(true_points(), "b", "output", 0.5), "c", "input", 0.5)
+    found = found_in(run(apart(changed(wrong, "c", "output", 0.5))))
+    assert (found.module, found.between) == ("b", None)
+
+
 # What the plugin and check_model are told ---------------------------------------------------------------------
 
 

@@ -195,13 +195,13 @@ def _fates(directory: Path, sockets: Path) -> Iterator[Fate]:
     for pid, process in _names(directory).items():
         name, rank = _called(process)
         try:
-            raised = json.loads((_directory(directory) / f"{pid}.raised").read_text())
-        except (OSError, ValueError):
+            raised = Fate(name, rank, **json.loads((_directory(directory) / f"{pid}.raised").read_text()))
+        except (OSError, ValueError, TypeError):  # there is none, or a model has written it
             if pid in deaths:
                 at, status = deaths[pid]
                 yield Fate(name, rank, at, status, details=_stacks(directory, pid))
         else:
-            yield Fate(name, rank, **raised)
+            yield raised
 
 
 def _unwritten(directory: Path, sockets: Path) -> bool:

@@ -195,8 +195,12 @@ class _Writer:
     def _unusual(self, value: Any) -> Any:
         if isinstance(value, bytes):
             return ["b", self._attach(value, value), len(value)]
-        if type(value).__module__.startswith("torch") and hasattr(value, "untyped_storage"):
+        if hasattr(value, "untyped_storage"):
             return ["t", self._attach(value, _bytes_of(value)), str(value.dtype)[6:], *value.shape]
+        if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+            return ["d", str(value)[6:]]
+        if type(value).__module__ == "numpy" and not getattr(value, "shape", None):
+            return self.plain(value.item())
         # Of a subclass, such as an enumeration's member or torch's sizes, the plain value.
         for kind in _KINDS:
             if isinstance(value, kind):
@@ -236,7 +240,7 @@ class _Reader:
             return {self.value(k, lines=lines): self.value(v, lines=lines) for k, v in zip(keys, values, strict=True)}
         if tag in ("b", "t"):
             return self._attached(tag, *items)
-        return self._dataclass(tag.removeprefix("@"), items)
+        return self._dtype(*items) if tag == "d" else self._dataclass(tag.removeprefix("@"), items)
 
     def _dataclass(self, name: str, items: list[Any]) -> Any:
         kind = SENT[name]
@@ -255,12 +259,19 @@ class _Reader:
     def _tensor(self, dtype: str, *shape: int) -> Any:
         import torch
 
-        if dtype not in _DTYPES or not all(type(size) is int and size >= 0 for size in shape):
+        if not all(type(size) is int and size >= 0 for size in shape):
             raise Garbled("a tensor in it is none")
-        made = torch.empty(0, dtype=getattr(torch, dtype))
+        made = torch.empty(0, dtype=self._dtype(dtype))
         content = self._take(math.prod(shape) * made.element_size())
         # A copy, which is aligned and can be written to, and does not keep the message.
         return torch.frombuffer(bytearray(content), dtype=made.dtype).reshape(shape) if content else made.reshape(shape)
+
+    def _dtype(self, name: str) -> Any:
+        import torch
+
+        if name not in _DTYPES:
+            raise Garbled("a dtype in it is none")
+        return getattr(torch, name)
 
     def _take(self, size: int) -> memoryview:
         if not 0 <= size <= len(self._attachments) - self._at:

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,7 @@ def assert_equal(ours: Any, theirs: Any) -> None:
         (None, True, 1, -(2**70), 0.1, "text", b"\0bytes", b""),
         ([1, [2]], (3, (4,)), {5}, frozenset({(6, 7)}), {(8, 9): {"a": [None]}}, (), [], {}),
         math.inf,
+        torch.bfloat16,
         "two\nlines",
         Command(
             name="prepare",
@@ -88,6 +90,11 @@ def test_tensors_arrive(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         carried({"a": tensor, "b": [tensor.T if shape else tensor]}),
         {"a": tensor, "b": [tensor.T if shape else tensor]},
     )
+
+
+def test_numbers_of_other_libraries_arrive_as_plain_ones() -> None:
+    """And of enumerations and torch's sizes, the values."""
+    assert_equal(carried([np.float32(0.5), np.int64(7), np.bool_(True), torch.Size([2])]), [0.5, 7, True, (2,)])
 
 
 def test_a_tensor_is_sent_once() -> None:
@@ -136,6 +143,7 @@ def framed(text: bytes, attachments: bytes = b"", *, longer: int = 0) -> bytes:
         framed(b'["t", 0, "float32", -1]'),
         framed(b'["t", 0, "load", 1]', bytes(4)),
         framed(b'["t", 0, "float32", 4611686018427387904]', bytes(4)),
+        framed(b'["d", "load"]'),
         framed(b'["t", 3, "float32", 1]', bytes(4)),
         framed(b'["b", 0, 5]'),
         framed(b'["b", 0, "x"]', b"x"),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from evidence_samples import FAILING, change_gradients, change_inspection, clean, with_dropout
 from genmodel.conformance.catalogue import all_checks, get, judge
 from genmodel.conformance.verdict import Status
-from genmodel.runners.evidence import Evidence, Failure
+from genmodel.runners.evidence import Evidence, Failure, Probe
 from genmodel.runners.scenarios import SCENARIOS
 
 IDS = [check.id for check in all_checks()]
+FAILED_PROBE = Probe(call="forward(…)", shape=None, dtype=None, error="ValueError: no")
 SAMPLES = [(check_id, name) for check_id in IDS for name in FAILING.get(check_id, {})]
 
 
@@ -99,6 +101,24 @@ def test_gradients_do_not_concern_native_models_even_without_evidence(evidence: 
 def test_models_without_attention_have_no_prefixes_to_check(evidence: Evidence) -> None:
     verdict = judge(get("interface.attention_prefixes"), change_inspection(evidence, attention=()))
     assert verdict.status is Status.NOT_APPLICABLE
+
+
+@pytest.mark.parametrize(
+    ("check_id", "changes"),
+    [
+        ("interface.inputs_embeds", {"takes_embeddings": False}),
+        ("interface.inputs_embeds", {"embeds": None}),
+        ("interface.inputs_embeds", {"forward": FAILED_PROBE}),
+        ("interface.prompt_embeddings", {"takes_embeddings": False}),
+        ("interface.random_state", {"rebuilt_difference": None}),
+        ("interface.arguments_kept", {"embed": FAILED_PROBE, "forward": FAILED_PROBE}),
+    ],
+)
+def test_what_cannot_be_called_or_compared_is_not_judged(
+    check_id: str, changes: dict[str, Any], evidence: Evidence
+) -> None:
+    verdict = judge(get(check_id), change_inspection(evidence, **changes))
+    assert verdict.status is Status.NOT_APPLICABLE, verdict
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,)])

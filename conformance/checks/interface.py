@@ -170,6 +170,8 @@ def inputs_embeds(evidence: Evidence) -> Iterator[Measurement]:
         raise NotApplicable("the model's forward has no argument inputs_embeds")
     if found.embeds is None:
         raise NotApplicable("embed_input_ids gave no embeddings to hand over")
+    if found.forward.error is not None:
+        raise NotApplicable("there is nothing to compare with: forward fails for token ids too")
     yield _shape(found.embeds, (found.probe_tokens, found.hidden_size))
     if found.embeds_difference is not None:
         yield Measurement(
@@ -247,8 +249,8 @@ def random_state(evidence: Evidence) -> Iterator[Measurement]:
 
     Usual causes:
         A buffer drawn at random in `__init__` that is in no checkpoint (`persistent=False`, or a plain
-        attribute); a parameter that loading does not reach; dropout that acts in evaluation mode. Every
-        process, and every rank of a trainer, would draw another.
+        attribute); a parameter that loading does not reach. Every process, and every rank of a trainer,
+        would draw another.
     How to fix:
         Derive it from the config, with a generator of its own and a fixed seed, or save it:
 
@@ -258,7 +260,10 @@ def random_state(evidence: Evidence) -> Iterator[Measurement]:
     """
     found = inspection(evidence)
     if found.rebuilt_difference is None:
-        raise NotApplicable("the model's two builds do not have the same tensors, or give no logits to compare")
+        raise NotApplicable(
+            "there are no logits of two builds to compare: the model gives none outside an engine, or its builds have "
+            "not the same tensors"
+        )
     yield Measurement(
         what="max |logits of one build - of another| with the same weights",
         where=REFERENCE,

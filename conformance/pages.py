@@ -80,14 +80,14 @@ def html(
 
 def escape_markdown(value: object) -> str:
     """Text that stays text in a paragraph or a cell of a table: one line, no markup, no links, no mentions."""
-    line = " ".join(_printable(str(value)).split())
+    line = " ".join(text.printable(str(value)).split())
     line = _LINKS.sub(r"\\\g<0>", _PUNCTUATION.sub(r"\\\1", line))
     return _BLOCK.sub(r"\1\\\2", line)
 
 
 def code_span(value: object) -> str:
     """The text in one line as code; whole inside of tables too."""
-    line = " ".join(_printable(str(value)).split()).replace("|", "\\|")
+    line = " ".join(text.printable(str(value)).split()).replace("|", "\\|")
     if not line:
         return ""
     fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", line)), default=0))
@@ -97,17 +97,11 @@ def code_span(value: object) -> str:
 
 def fenced(value: object) -> str:
     """The text as a block of code, the middle of a very long one left out."""
-    block = _printable(str(value), keep="\n\t")
+    block = text.printable(str(value), keep="\n\t")
     if len(block) > _LONGEST:
         block = f"{block[: _LONGEST // 2]}\n[… {len(block) - _LONGEST:,} characters …]\n{block[-_LONGEST // 2 :]}"
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", block)), default=0))
     return f"{fence}text\n{block}\n{fence}"
-
-
-def _printable(value: str, keep: str = "") -> str:
-    """Without control characters, such as a terminal's colours, and unpaired surrogates, which no file takes."""
-    coloured = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", value)
-    return "".join(c if c.isprintable() or c in keep else " " for c in coloured)
 
 
 def _environment(*, autoescape: bool) -> jinja2.Environment:
@@ -118,21 +112,32 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": _number, "duration": _duration, "printable": lambda s: _printable(str(s), "\n\t")}
+    environment.filters |= {
+        "number": _number,
+        "duration": _duration,
+        "printable": lambda s: text.printable(str(s), "\n\t"),
+    }
     return environment
 
 
 def _context(report: Mapping[str, Any], verdicts: Sequence[Verdict], command: Command) -> dict[str, Any]:
-    blocking = any(verdict.blocking for verdict in verdicts)
-    compared = report["baseline"]
     return {
         "report": report,
-        "passed": not blocking and not (compared and compared["regressions"]),
+        "conclusion": _conclusion(report, verdicts),
         "legend": text.TABLE_LEGEND,
         "counts": {name: count for name, count in report["counts"].items() if count},
         "marks": {status.value: mark for status, mark in MARKS.items()},
         "targets": [_target(target, verdicts, command) for target in report["targets"]],
     }
+
+
+def _conclusion(report: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
+    """What it comes to: what is in error, or never came, says nothing about the model."""
+    compared = report["baseline"]
+    blocking = {verdict.status for verdict in verdicts if verdict.blocking}
+    if blocking - {Status.ERROR} or (compared and compared["regressions"]):
+        return "does not conform"
+    return "was not judged in full" if blocking or report["missing"] else "conforms"
 
 
 def _target(target: Mapping[str, Any], verdicts: Sequence[Verdict], command: Command) -> dict[str, Any]:

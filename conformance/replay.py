@@ -54,6 +54,9 @@ class Replay:
     def start(self) -> None:
         """Do nothing."""
 
+    def mistake(self, options: TargetOptions) -> None:
+        """Nothing has to be found anywhere."""
+
     def resolve(self, options: TargetOptions) -> TargetInfo:
         """What was saved of the target itself."""
         return self._run(options).target

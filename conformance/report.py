@@ -13,6 +13,7 @@ from typing import Any
 
 import genmodel
 from genmodel.conformance.diagnosis import Finding, Findings, describe
+from genmodel.conformance.text import printable_json
 from genmodel.conformance.verdict import Measurement, Status, Verdict
 from genmodel.runners.evidence import Evidence, ReferenceRun
 
@@ -33,32 +34,35 @@ def target_json(evidence: Evidence, findings: Findings | None = None) -> dict[st
     facts = asdict(evidence.target)
     facts["tensor_parallel_sizes"] = list(evidence.target.tensor_parallel_sizes)
     known = evidence.reference
-    return {
-        **facts,
-        "reference": {
-            "description": known.description,
-            "independent": known.independent,
-            "dtype": known.dtype,
-            "higher_dtype": known.higher_dtype,
-        }
-        if isinstance(known, ReferenceRun)
-        else None,
-        "seconds": {phase: _number(seconds) for phase, seconds in evidence.seconds.items()},
-        "environment": dict(evidence.environment),
-        "timeline": [
-            {
-                "what": span.what,
-                "rank": span.rank,
-                "begin": _number(span.begin),
-                "phases": {phase: _number(seconds) for phase, seconds in span.phases.items()},
+    found: dict[str, Any] = printable_json(
+        {
+            **facts,
+            "reference": {
+                "description": known.description,
+                "independent": known.independent,
+                "dtype": known.dtype,
+                "higher_dtype": known.higher_dtype,
             }
-            for span in evidence.timeline
-        ],
-        "findings": [
-            {"scenario": scenario, "tensor_parallel_size": size, **_finding_json(found)}
-            for (scenario, size), found in (findings or {}).items()
-        ],
-    }
+            if isinstance(known, ReferenceRun)
+            else None,
+            "seconds": {phase: _number(seconds) for phase, seconds in evidence.seconds.items()},
+            "environment": dict(evidence.environment),
+            "timeline": [
+                {
+                    "what": span.what,
+                    "rank": span.rank,
+                    "begin": _number(span.begin),
+                    "phases": {phase: _number(seconds) for phase, seconds in span.phases.items()},
+                }
+                for span in evidence.timeline
+            ],
+            "findings": [
+                {"scenario": scenario, "tensor_parallel_size": size, **_finding_json(found)}
+                for (scenario, size), found in (findings or {}).items()
+            ],
+        }
+    )
+    return found
 
 
 def _finding_json(found: Finding | str | None) -> dict[str, Any]:
@@ -120,6 +124,7 @@ def report_json(
     *,
     commit: Mapping[str, Any] | None = None,
     baseline: Mapping[str, Any] | None = None,
+    missing: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """The whole report, `schema_version` 1, as report.schema.json describes it.
 
@@ -128,6 +133,7 @@ def report_json(
         verdicts: of all targets.
         commit: `commit_of` the author's repository.
         baseline: what comparing with a baseline gave, of `genmodel.conformance.baseline`.
+        missing: target and check of verdicts that were to come and have not.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -137,6 +143,7 @@ def report_json(
         "baseline": None if baseline is None else dict(baseline),
         "environment": dict(targets[0]["environment"]) if targets else {},
         "counts": _counts(verdicts),
+        "missing": [{"target": target, "check": check} for target, check in missing],
         "targets": [_section(target, [v for v in verdicts if v.target == target["name"]]) for target in targets],
     }
 

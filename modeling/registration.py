@@ -9,7 +9,6 @@ Importable targets travel by name; lambdas, closures and objects travel by value
 from __future__ import annotations
 
 import base64
-import difflib
 import importlib
 import importlib.util
 import json
@@ -22,6 +21,7 @@ from typing import Any
 import cloudpickle
 
 from genmodel.modeling import _vllm
+from genmodel.modeling.lookup import no_attribute, no_module
 from genmodel.modeling.wrapper import Factory, InterfaceError, as_model_class, describe
 
 CHANNEL = "GENMODEL_REGISTERED_MODELS"
@@ -83,20 +83,20 @@ def resolve(spec: str, *, callable_only: bool = True) -> Any:
             raise InterfaceError(
                 f"importing {module_name} fails: it imports {error.name}, {_vllm.whereabouts(error.name or '')}"
             ) from error
-        raise InterfaceError(
-            f"no module named {error.name!r}: install it, or start with `python -m pytest`, "
-            "which (unlike `pytest`) can import from the current directory"
-        ) from None
+        raise InterfaceError(no_module(error.name, _folders_around(error.name))) from None
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
-            close = difflib.get_close_matches(part, [name for name in vars(found) if not name.startswith("_")], n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise InterfaceError(f"{module_name} has no attribute {part!r}{hint}")
+            raise InterfaceError(no_attribute(module_name, part, getattr(found, "__dict__", ())))
         found = getattr(found, part)
     if callable_only and not callable(found):
         raise InterfaceError(f"{spec} is a {type(found).__name__}, not something that builds a model when called")
     return found
+
+
+def _folders_around(module_name: str) -> list[str]:
+    """Those of the package that a module should be in."""
+    return list(getattr(sys.modules.get(module_name.rpartition(".")[0]), "__path__", ()))
 
 
 def _read_channel() -> dict[str, dict[str, str]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import cloudpickle
 
+from genmodel.modeling import lookup
 from genmodel.runners import machine
 from genmodel.runners.evidence import (
     Evidence,
@@ -41,6 +42,9 @@ SECONDS_PER_PARAMETER = 5e-7
 """What a model adds to that: the double-precision reference computes at about 1e10 parameters x tokens a second."""
 TOO_MANY_TIMEOUTS = 2
 """After so many scenarios of one tensor-parallel size ran out of time, the others of that size are not begun."""
+
+_OF_MODULE = re.compile(r"[\w.]+:[\w.]+")
+"""module:attr, rather than a file or an architecture's name."""
 
 HOST_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine cores in the hosts' own processes
@@ -140,6 +144,16 @@ class Session:
             return Pool(self._size, {**HOST_ENVIRONMENT, **machine.environment(self._size, self._share)})
         except (machine.TooSmall, NoCluster) as error:
             raise UnusableTarget(str(error)) from None
+
+    def mistake(self, options: TargetOptions) -> str | None:
+        """One line about a name that cannot be meant, where that can be told at once: nothing is imported for it."""
+        if options.pool != "local" or options.target is not None:
+            return None
+        named = {"": options.spec, "config": options.config, "reference": options.reference, "names": options.names}
+        for option, name in named.items():
+            if isinstance(name, str) and _OF_MODULE.fullmatch(name) and (found := lookup.mistake(name)) is not None:
+                return f"--genmodel-{option}: {found}" if option else found
+        return None
 
     def resolve(self, options: TargetOptions) -> TargetInfo:
         """Import the target in a host.

@@ -28,6 +28,9 @@ class FakeSession:
     def start(self) -> None:
         self._log("start")
 
+    def mistake(self, options: TargetOptions) -> str | None:
+        return "models has no attribute 'mistyped'" if options.spec == "models:mistyped" else None
+
     def resolve(self, options: TargetOptions) -> TargetInfo:
         self._log(f"resolve {options.spec}")
         if options.spec == "models:unusable":
@@ -83,9 +86,22 @@ def late(evidence: Evidence) -> Evidence:
     return replace(evidence, gradients=failure)
 
 
+UNPRINTABLE = "half of a pair \ud800, \x1b[31mred\x1b[0m, nothing \0, and\nanother line \x85 of \u2028 it"
+
+
+def unprintable(evidence: Evidence) -> Evidence:
+    """Texts that neither a terminal, a file nor pytest-xdist's serialisation takes, wherever a model's text goes."""
+    failure = Failure(kind="raised", scenario="deployed", message=UNPRINTABLE, details=UNPRINTABLE)
+    found = wrong(evidence)
+    found = evidence_samples.change_inspection(found, problems=(UNPRINTABLE,))
+    target = replace(found.target, config=UNPRINTABLE)
+    return replace(found, target=target, traces={**found.traces, ("deployed", 2): failure})
+
+
 BREAKS: Mapping[str, Callable[[Evidence], Evidence]] = {
     "models:wrong": wrong,
     "models:unproven": unproven,
     "models:boom": boom,
     "models:late": late,
+    "models:unprintable": unprintable,
 }

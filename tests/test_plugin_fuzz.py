@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ NO_ENGINE = settings(deadline=None, suppress_health_check=[HealthCheck.function_
 
 @pytest.fixture(autouse=True)
 def _plugin_for_subprocesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.flag)

@@ -19,6 +19,7 @@ import pytest
 import evidence_samples
 from genmodel.conformance import catalogue, report, text
 from genmodel.conformance.verdict import Level
+from genmodel.fixtures.active import ERRORS_ONLY
 from genmodel.fixtures.distribution import target_of
 
 CHECKS = tuple(check.id for check in catalogue.all_checks() if check.group == "interface")
@@ -140,7 +141,7 @@ def test_not_applicable_is_skipped_with_its_reason_and_listed(suite: Suite) -> N
 def test_harness_that_cannot_prove_its_path_is_an_error(suite: Suite) -> None:
     result = suite(target="models:unproven")
 
-    assert result.ret == 1
+    assert result.ret == ERRORS_ONLY
     result.assert_outcomes(passed=len(CHECKS) - 1, errors=1)
     result.stdout.fnmatch_lines(["ERROR genmodel/interface.reaches_workers[[]*[]] - no evidence: one*"])
 
@@ -149,7 +150,7 @@ def test_harness_that_cannot_prove_its_path_is_an_error(suite: Suite) -> None:
 def test_harness_that_raises_is_an_error_of_every_check_and_told_once(suite: Suite, target: str) -> None:
     result = suite(target=target)
 
-    assert result.ret == 1
+    assert result.ret == ERRORS_ONLY
     result.assert_outcomes(errors=len(CHECKS))
     assert result.stdout.str().count("Traceback") == 1
     assert result.stdout.str().count(f"As for {CHECKS[0]}") == len(CHECKS) - 1
@@ -210,11 +211,19 @@ def test_expected_failure_that_passes_fails(suite: Suite) -> None:
     result.stdout.fnmatch_lines(["FAILED genmodel/interface.builds[[]models:right[]] - expected to fail, and *"])
 
 
+def test_an_error_beside_a_failure_is_a_failure(suite: Suite, pytester: pytest.Pytester) -> None:
+    """The exit status of errors is that of errors alone, an author's own failing test included."""
+    pytester.makepyfile("def test_interface(): assert False")
+
+    assert suite(".", target="models:unproven").ret == pytest.ExitCode.TESTS_FAILED
+    assert suite("--genmodel=models:wrong", target="models:unproven").ret == pytest.ExitCode.TESTS_FAILED
+
+
 def test_an_error_of_the_harness_is_no_expected_failure(suite: Suite) -> None:
     Path("expected.toml").write_text('"interface.reaches_workers" = "known"\n')
     result = suite("--genmodel-expect=expected.toml", target="models:unproven")
 
-    assert result.ret == 1
+    assert result.ret == ERRORS_ONLY
     result.assert_outcomes(passed=len(CHECKS) - 1, errors=1)
 
 

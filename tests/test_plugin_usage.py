@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +37,7 @@ def refused(pytester: pytest.Pytester, *arguments: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _plugin_for_subprocesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
 
 
 # --- silent when unused --------------------------------------------------------------------------------------------
@@ -206,21 +208,62 @@ def test_node_id_that_names_no_check(pytester: pytest.Pytester, node: str, messa
 # --- targets that cannot be used -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("target", "message", "distributed"),
-    [
-        ("models:unusable", "no module named 'models'", ()),
-        ("models:late", "head_dim 16 is not supported", ()),
-        ("models:late", "head_dim 16 is not supported", ("-n", "2")),
-    ],
-)
-def test_unusable_target_ends_the_run(
-    pytester: pytest.Pytester, target: str, message: str, distributed: tuple[str, ...]
-) -> None:
-    targets = ("--genmodel=models:right", f"--genmodel={target}")
+UNUSABLE = {
+    "models:mistyped": "models has no attribute 'mistyped'",
+    "models:unusable": "no module named 'models'",
+    "models:late": "head_dim 16 is not supported",
+}
+"""The first is known before anything is started, the last only when scenarios run."""
 
-    assert refused(pytester, *targets, "-k", "interface", *distributed) == message
-    assert Path("hosts.log").read_text().splitlines()[-1].endswith("close")
+
+@pytest.mark.parametrize("target", UNUSABLE)
+def test_unusable_target_ends_the_run(pytester: pytest.Pytester, target: str) -> None:
+    assert refused(pytester, f"--genmodel={target}", "-k", "interface") == UNUSABLE[target]
+    log = Path("hosts.log")
+    assert log.exists() is (target != "models:mistyped")
+    assert not log.exists() or log.read_text().splitlines()[-1].endswith("close")
+
+
+@pytest.mark.parametrize("distributed", [(), ("-n", "2")])
+def test_unusable_targets_are_left_out_and_the_others_are_judged(
+    pytester: pytest.Pytester, distributed: tuple[str, ...]
+) -> None:
+    """Authors' own tests of them, too; reports count what was left out as missing."""
+    pytester.makepyfile(
+        first="""
+        import pytest
+
+        @pytest.fixture(scope="module")
+        def something(): ...
+
+        def test_interface(genmodel_target, something): ...
+        """,
+        second="def test_interface(): ...",
+    )
+    run = pytester.runpytest_subprocess if distributed else pytester.runpytest_inprocess
+    targets = [
+        f"--genmodel={target}" for target in ("models:unusable", "models:right", "models:late", "models:mistyped")
+    ]
+    result = run(
+        "-p",
+        "fake_session",
+        *targets,
+        "-k",
+        "interface",
+        "--genmodel-report=r.json",
+        "first.py",
+        "second.py",
+        *distributed,
+    )
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    checks = len([check for check in catalogue.all_checks() if check.group == "interface"])
+    result.assert_outcomes(passed=checks + 2)
+    said = [line for line in result.errlines if line.startswith("ERROR: ")]
+    assert sorted(said) == sorted(f"ERROR: {target}: {message}" for target, message in UNUSABLE.items())
+    report = json.loads(Path("r.json").read_text())
+    assert [target["name"] for target in report["targets"]] == ["models:right"]
+    assert {entry["target"] for entry in report["missing"]} == set(UNUSABLE)
 
 
 # --- vLLM ----------------------------------------------------------------------------------------------------------

@@ -69,10 +69,11 @@ def test_right_model_passes_and_hosts_run_once(suite: Suite) -> None:
 
     assert result.ret == 0
     result.assert_outcomes(passed=len(CHECKS))
+    needed = {scenario for check in CHECKS for scenario in catalogue.get(check).needs}
     assert log() == [
         "main start",
         "main resolve models:right",
-        "main collect models:right deployed inspection",
+        f"main collect models:right {' '.join(sorted(needed))}",
         "main resolve models:right",
         "main close",
     ]

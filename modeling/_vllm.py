@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import platform
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -146,6 +147,59 @@ def refuses_layer_name(name: str, model_type: str) -> str:
     except (AssertionError, IndexError, ValueError) as error:
         return str(error) or f"layer name {name} has no integer"
     return ""
+
+
+@contextlib.contextmanager
+def attention_arguments_kept() -> Iterator[None]:
+    """Let every vLLM `Attention` that is built in here keep what it was built with, for `attention_arguments`."""
+    from vllm.model_executor.layers.attention import Attention
+
+    build: Any = Attention.__init__
+    signature = inspect.signature(build)
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    defaults["chunk_lookback"] = -1  # one of those that go to the implementation; none
+
+    def keeping(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        given = {**given, **given.pop("extra_impl_args", {})}
+        vars(self)["_genmodel_arguments"] = {
+            name: value
+            for name, value in given.items()
+            if name != "self" and value is not None and value is not False and value is not defaults.get(name)
+        }
+
+    Attention.__init__ = keeping  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Attention.__init__ = build  # type: ignore[method-assign]
+
+
+def attention_arguments(layer: nn.Module) -> dict[str, Any] | None:
+    """What a layer was built with that is neither None nor the default; None if it is not vLLM's `Attention`."""
+    found: dict[str, Any] | None = vars(layer).get("_genmodel_arguments")
+    return found
+
+
+def attention_kind(layer: nn.Module) -> Literal["plain", "chunked", "encoder"]:
+    """Which of vLLM's subclasses of `Attention` that have a backend of their own a layer is of, or none of them."""
+    known: dict[str, Literal["chunked", "encoder"]] = {
+        "ChunkedLocalAttention": "chunked",
+        "EncoderOnlyAttention": "encoder",
+    }
+    # By name, for the modules they are in have moved.
+    own = type(layer)
+    return known.get(own.__name__, "plain") if own.__module__.startswith("vllm.") else "plain"
+
+
+def changed_of_attention(layer: nn.Module) -> set[str]:
+    """Public names of vLLM's `Attention` that a subclass of it has of its own."""
+    from vllm.model_executor.layers.attention import Attention
+
+    order = type(layer).__mro__
+    own = {name for base in order[: order.index(Attention)] for name in vars(base)}
+    return {name for name in own if not name.startswith("_") and hasattr(Attention, name)}
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
@@ -851,7 +905,63 @@ def worker_report(worker: Any, driver: int) -> dict[str, Any]:
         "compiled_models": counter.num_models_seen,
         "compiled_graphs": counter.num_aot_compiles + counter.num_aot_artifacts_loaded + counter.num_graphs_seen,
         "start_method": "in-process" if os.getpid() == driver else str(started),
+        "stage": parallel_group("pp")[0],
     }
+
+
+def watch_stage(worker: Any) -> None:
+    """Run inside a worker by `collective_rpc`: let each stage of a pipeline that hands on what it must not say so.
+
+    vLLM fails without a word about the key, or, in place of a tensor that never came, computes with zeros.
+    """
+    stage, stages, _ = parallel_group("pp")
+    model = worker.get_model()
+
+    def look(_: nn.Module, __: Any, output: Any) -> None:
+        problem = stage_problem(model, output, stage, stages)
+        if problem:
+            raise TypeError(problem)
+
+    model.register_forward_hook(look)
+
+
+def stage_problem(model: Any, output: Any, stage: int, stages: int) -> str:
+    """What is wrong with what a stage of a pipeline gives; empty if nothing is."""
+    from vllm.sequence import IntermediateTensors
+
+    if stage == stages - 1:
+        if isinstance(output, IntermediateTensors):
+            return f"stage {stage}, the last one, returns IntermediateTensors, not hidden states"
+        return ""
+    if not isinstance(output, IntermediateTensors):
+        return (
+            f"stage {stage} returns a {type(output).__name__}; all but the last of {stages} return IntermediateTensors"
+        )
+    sent = output.tensors
+    for name, value in sent.items():
+        if not isinstance(value, torch.Tensor):
+            return (
+                f'stage {stage} sends intermediate tensor "{name}" as {type(value).__name__}; '
+                "every value must be a tensor"
+            )
+    like = next(iter(sent.values()), torch.empty(0))
+    wanted = model.make_empty_intermediate_tensors(batch_size=1, dtype=like.dtype, device=like.device).tensors
+    if sent.keys() != wanted.keys():
+        return (
+            f"stage {stage} sends intermediate tensors {_quoted(sent)}, and stage {stage + 1} expects "
+            f"{_quoted(wanted)}, as make_empty_intermediate_tensors has them"
+        )
+    for name, value in sent.items():
+        if value.shape[1:] != wanted[name].shape[1:]:
+            return (
+                f'stage {stage} sends intermediate tensor "{name}" as {list(value.shape)}, and stage {stage + 1} '
+                f"expects {['tokens', *wanted[name].shape[1:]]}, as make_empty_intermediate_tensors has it"
+            )
+    return ""
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names) or "none"
 
 
 def engine_facts(llm: Any) -> dict[str, Any]:

@@ -75,6 +75,71 @@ def packed_sequences(cu_seqlens: Tensor) -> Iterator[None]:
         _ambient_packing.reset(token)
 
 
+def visible(tokens: int, window: int | None, *, causal: bool, device: torch.device | None = None) -> Tensor:
+    """bool [T, T]: whether token i (row) sees token j (column), as TrainableAttention's arguments have it."""
+    index = torch.arange(tokens, device=device)
+    distance_TT = index[:, None] - index
+    visible_TT = distance_TT >= 0 if causal else torch.ones_like(distance_TT, dtype=torch.bool)
+    if window is not None:
+        visible_TT = visible_TT & (distance_TT.abs() < window)
+    return visible_TT
+
+
+def attend(
+    q_BHTD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTE: Tensor,
+    *,
+    scale: float,
+    visible_TT: Tensor | None = None,
+    causal: bool = True,
+    soft_cap: float | None = None,
+    slopes_H: Tensor | None = None,
+    sinks_H: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(scale * q k^T) v by torch's scaled_dot_product_attention, or by plain tensor math where that cannot.
+
+    Args:
+        visible_TT: whether token i (row) sees token j (column); None leaves that to `causal`.
+        soft_cap, slopes_H, dropout: as in TrainableAttention.
+        sinks_H: a score for each head that takes its share of the softmax and gives nothing (GPT-OSS).
+
+    Returns:
+        [B, H, T, E], E being the value's head dimension.
+    """
+    group = q_BHTD.shape[1] // k_BKTD.shape[1]
+    if soft_cap is None and slopes_H is None and sinks_H is None:
+        return F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BKTD,
+            v_BKTE,
+            attn_mask=visible_TT,
+            dropout_p=dropout,
+            is_causal=causal and visible_TT is None,
+            scale=scale,
+            enable_gqa=group != 1,
+        )
+    # SDPA has no place for the cap and the sinks, and rounds a bias to the dtype of q. At least float32, as inside
+    # the kernels.
+    wide = torch.promote_types(q_BHTD.dtype, torch.float32)
+    k_BHTD, v_BHTE = k_BKTD.repeat_interleave(group, 1), v_BKTE.repeat_interleave(group, 1)
+    scores_BHTT = q_BHTD.to(wide) @ k_BHTD.to(wide).mT * scale
+    if soft_cap is not None:
+        scores_BHTT = soft_cap * torch.tanh(scores_BHTT / soft_cap)
+    if slopes_H is not None:
+        index = torch.arange(q_BHTD.shape[2], device=q_BHTD.device)
+        scores_BHTT = scores_BHTT + slopes_H[:, None, None] * (index - index[:, None])
+    if visible_TT is None:
+        visible_TT = visible(q_BHTD.shape[2], None, causal=causal, device=q_BHTD.device)
+    scores_BHTT = scores_BHTT.masked_fill(~visible_TT, float("-inf"))
+    if sinks_H is not None:
+        column_BHT1 = sinks_H.to(wide)[:, None, None].expand(*scores_BHTT.shape[:3], 1)
+        scores_BHTT = torch.cat([scores_BHTT, column_BHT1], -1)
+    weights_BHTT = F.dropout(scores_BHTT.softmax(-1)[..., : k_BHTD.shape[2]], dropout)
+    return (weights_BHTT @ v_BHTE.to(wide)).to(q_BHTD.dtype)
+
+
 class TrainableAttention(nn.Module):
     """softmax(scale * q k^T) v for this rank's heads; has no parameters.
 
@@ -300,48 +365,24 @@ class TrainableAttention(nn.Module):
         return torch.cat([self._sdpa_rows(*sequence) for sequence in sequences], 2).transpose(1, 2)
 
     def _sdpa_rows(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        if self.soft_cap is not None or self.alibi_slopes is not None:
-            return self._written_out(q_BHTD, k_BKTD, v_BKTD, dropout)
-        windowed = self.sliding_window is not None
-        return F.scaled_dot_product_attention(
+        return attend(
             q_BHTD,
             k_BKTD,
             v_BKTD,
-            attn_mask=self._visible(q_BHTD) if windowed else None,
-            dropout_p=dropout,
-            is_causal=self.causal and not windowed,
             scale=self.scale,
-            enable_gqa=self.num_kv_heads != self.num_heads,
+            visible_TT=self._visible(q_BHTD) if self.sliding_window is not None else None,
+            causal=self.causal,
+            soft_cap=self.soft_cap,
+            slopes_H=None if self.alibi_slopes is None else self._slopes(q_BHTD.device),
+            dropout=self.dropout if self.training else 0.0,
         )
-
-    def _written_out(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, dropout: float) -> Tensor:
-        # SDPA has no place for the cap, and rounds a bias to the dtype of q. At least float32, as inside the kernels.
-        group = self.num_heads // self.num_kv_heads
-        wide = torch.promote_types(q_BHTD.dtype, torch.float32)
-        k_BHTD, v_BHTD = k_BKTD.repeat_interleave(group, 1), v_BKTD.repeat_interleave(group, 1)
-        scores_BHTT = q_BHTD.to(wide) @ k_BHTD.to(wide).mT * self.scale
-        if self.soft_cap is not None:
-            scores_BHTT = self.soft_cap * torch.tanh(scores_BHTT / self.soft_cap)
-        if self.alibi_slopes is not None:
-            index = torch.arange(q_BHTD.shape[2], device=q_BHTD.device)
-            scores_BHTT = scores_BHTT + self._slopes(q_BHTD.device)[:, None, None] * (index - index[:, None])
-        scores_BHTT = scores_BHTT.masked_fill(~self._visible(q_BHTD), float("-inf"))
-        weights_BHTT = F.dropout(scores_BHTT.softmax(-1), dropout)
-        return (weights_BHTT @ v_BHTD.to(wide)).to(q_BHTD.dtype)
 
     def _slopes(self, device: torch.device) -> Tensor:
         """float32 [H]."""
         return torch.tensor(self.alibi_slopes, dtype=torch.float32, device=device)
 
     def _visible(self, q_BHTD: Tensor) -> Tensor:
-        """bool [T, T]: whether token i (row) sees token j (column)."""
-        index = torch.arange(q_BHTD.shape[2], device=q_BHTD.device)
-        distance_TT = index[:, None] - index
-        visible_TT = distance_TT >= 0 if self.causal else torch.ones_like(distance_TT, dtype=torch.bool)
-        if self.sliding_window is not None:
-            visible_TT = visible_TT & (distance_TT.abs() < self.sliding_window)
-        return visible_TT
+        return visible(q_BHTD.shape[2], self.sliding_window, causal=self.causal, device=q_BHTD.device)
 
     def extra_repr(self) -> str:
         """What print(module) shows in the brackets."""

@@ -213,7 +213,11 @@ def prepare(state: State, spec: Spec, config: dict[str, Any], config_from: str, 
             _vllm.register(spec.arch, placeholder(state.target(spec), spec.arch))
         try:
             found, geometry = inspection.inspect_target(
-                state.target(spec), spec.directory, spec.arch, reads_config=spec.architecture is not None
+                state.target(spec),
+                spec.directory,
+                spec.arch,
+                reads_config=spec.architecture is not None,
+                is_reference=spec.reference is None,
             )
         except _vllm.Refused as error:
             raise Unusable(f"vLLM refuses the config ({config_from}): {error}") from None
@@ -397,6 +401,8 @@ def deploy(state: State, spec: Spec, plan: Plan, kept_as: str, options: Mapping[
     changes: dict[str, str | None] = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     with engine.environment({**changes, **engine.DEPLOYED_ENVIRONMENT}):
         llm = state.start_engine(spec, kv_cache_memory_bytes=plan.deployed_kv_cache_bytes, **options)
+        if options.get("pipeline_parallel_size", 1) > 1:
+            llm.collective_rpc(_vllm.watch_stage)
         through = replace(ENGINE_SCENARIOS["plain"].passes[0], name=kept_as)
         with state.phase(f"generating ({kept_as})"):
             found = engine.trace(llm, through, plan, rank=0, in_process=False)

@@ -45,7 +45,7 @@ def kind(target: object) -> str:
 
 
 def inspect_target(
-    target: Any, model_dir: str, arch: str, *, reads_config: bool = False
+    target: Any, model_dir: str, arch: str, *, reads_config: bool = False, is_reference: bool = False
 ) -> tuple[Inspection, dict[str, Any]]:
     """Build the target twice in plain PyTorch and call its methods once.
 
@@ -54,6 +54,7 @@ def inspect_target(
         model_dir: what config.json is read from.
         arch: the name it is registered under.
         reads_config: whether it is known to follow its config, as vLLM's own architectures do.
+        is_reference: whether the target is its own reference, and so must be one that can be evaluated.
 
     Returns:
         The inspection, and the settings of config.json that the model turned out not to follow, with
@@ -61,12 +62,14 @@ def inspect_target(
 
     Raises:
         InterfaceError: if the model has no parameters.
-        Unusable: if it has no vocabulary.
+        Unusable: if it has no vocabulary, or must be evaluated and cannot be.
         Exception: whatever building raises.
     """
     config = _vllm.model_config(model_dir, "float32")
     hf_config = config.model_config.hf_config
     with _Explained(hf_config), standalone.build(target, config, torch.float32) as first:
+        if is_reference:
+            first.must_be_evaluated()
         # Parameters made with torch.empty hold whatever was in memory, NaN and traps included.
         for parameter in first.model.parameters():
             torch.nn.init.normal_(parameter.data, std=0.05)

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import random
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import nn
 
 from genmodel.modeling import _vllm
-from genmodel.modeling.attention import TrainableAttention
 from genmodel.modeling.loading import load_weights, loadable
 from genmodel.modeling.parallel_context import ParallelContext
 from genmodel.modeling.wrapper import call_factory, is_vllm_style
-from genmodel.runners import hugging_face
+from genmodel.runners import hugging_face, native_attention
+from genmodel.runners.protocol import Unusable
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,27 @@ class Standalone:
     native: bool
     """Whether it has vLLM's own attention layers, evaluated here with SDPA."""
     vllm_config: Any
+    refused: tuple[str, ...] = ()
+    """Which of those layers cannot be evaluated here, and why: the model can be inspected and is no reference."""
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states [T, hidden] of one sequence of token ids [T]."""
+        """Hidden states [T, hidden] of one sequence of token ids [T].
+
+        Raises:
+            Unusable: if they would not be the model's.
+        """
+        self.must_be_evaluated()
         states: torch.Tensor = self.model(input_ids=tokens, positions=torch.arange(len(tokens)))
         return states
+
+    def must_be_evaluated(self) -> None:
+        """Raise Unusable, which says what to do, if some layer cannot be evaluated here."""
+        if self.refused:
+            more = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
+            raise Unusable(
+                f"a reference cannot be made of this model, whose attention plain PyTorch does not know: "
+                f"{self.refused[0]}{more}; name another one, --genmodel-reference=my_pkg.my_module:factory"
+            )
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [T, V] of one sequence of token ids [T]."""
@@ -85,12 +101,12 @@ def build(
     with _vllm.native_world(vllm_config), default_dtype(dtype):
         vllm_config.compilation_config.static_forward_context.clear()
         given = context if context is not None else ParallelContext.from_group(_vllm.parallel_group("tp")[2])
-        model = call_factory(target, vllm_config, given)
+        with _vllm.attention_arguments_kept():
+            model = call_factory(target, vllm_config, given)
         _vllm.use_plain_linear(model)
-        native = [m for m in model.modules() if _vllm.is_attention(m) and hasattr(getattr(m, "impl", None), "scale")]
-        for module in native:
-            module.forward = _dense_attention(module)
-        yield Standalone((model.to(dtype) if cast else model).eval(), bool(native), vllm_config)
+        native = any(_vllm.is_attention(m) and hasattr(getattr(m, "impl", None), "scale") for m in model.modules())
+        refused = native_attention.evaluate(model)
+        yield Standalone((model.to(dtype) if cast else model).eval(), native, vllm_config, tuple(refused))
 
 
 _BUILDS = itertools.count(1)
@@ -130,26 +146,6 @@ def alone() -> Iterator[ParallelContext]:
     finally:
         if started:
             dist.destroy_process_group()
-
-
-def _dense_attention(layer: Any) -> Callable[..., torch.Tensor]:
-    """What vLLM's attention layer computes, over one whole sequence [T, heads * dim] with no KV cache."""
-    slopes = getattr(layer.impl, "alibi_slopes", None)
-    dense = TrainableAttention(
-        layer.num_heads,
-        layer.head_size,
-        layer.num_kv_heads,
-        scale=layer.impl.scale,
-        sliding_window=layer.sliding_window,
-        soft_cap=getattr(layer.impl, "logits_soft_cap", None) or None,
-        alibi_slopes=None if slopes is None else torch.as_tensor(slopes).tolist(),
-    )
-
-    def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        attended: torch.Tensor = dense(query, key, value)
-        return attended
-
-    return forward
 
 
 @contextlib.contextmanager

@@ -123,6 +123,7 @@ def _trace(llm: Any, through: Pass, plan: Plan, rank: int, weights: str, *, in_p
             compiled_graphs=min(w["compiled_graphs"] for w in facts["workers"]),
             random_state=random_state,
             embedded_tokens=embedded_tokens,
+            stages=tuple(w["stage"] for w in facts["workers"]),
         ),
     )
 

@@ -137,6 +137,8 @@ class Proof:
     """The seed of PyTorch's random number generators when the first request was handed over."""
     embedded_tokens: int = 0
     """Prompt tokens that reached the model as embeddings, of requests whose token ids the engine never had."""
+    stages: tuple[int, ...] = ()
+    """Pipeline stage of each of the workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ an error of the harness, never a verdict on the model.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -323,6 +324,8 @@ def pipeline_unproven(traces: Sequence[Trace], asked: Asked) -> str:
     proof, ranks = trace.proof, 2 * asked.tensor_parallel_size
     if (proof.world_size, proof.tensor_parallel_size) != (ranks, asked.tensor_parallel_size):
         return f"asked for {ranks} ranks in two stages, ran on {proof.world_size}"
+    if Counter(proof.stages) != dict.fromkeys((0, 1), asked.tensor_parallel_size):
+        return f"the ranks were in stages {', '.join(map(str, proof.stages))}"
     return _fresh_workers_unproven(trace, ranks) or _other_engine(proof, asked)
 
 

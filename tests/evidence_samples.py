@@ -454,7 +454,8 @@ FAILING: Mapping[str, Mapping[str, Corruption]] = {
         "again": lambda e: change_scores(e, shifted(1e-3), scenario="refit.again", sizes=(2,)),
     },
     "deployment.pipeline": {
-        "stages": lambda e: change_scores(e, shifted(1e-3), scenario="pipeline", phases=(Phase.FIRST,)),
+        "stages": lambda e: change_scores(e, shifted(1e-3), scenario="pipeline", phases=(Phase.FIRST,), sizes=(1,)),
+        "stages of two ranks": lambda e: change_scores(e, shifted(1e-3), scenario="pipeline", sizes=(2,)),
     },
     "deployment.compiled": {
         "values": lambda e: change_scores(e, shifted(1e-3), scenario="compiled", phases=(Phase.DECODE,)),
@@ -597,6 +598,8 @@ def _part(scores: Scores, start: int, stop: int | None) -> Scores:
 
 def _trace(scenario: str, size: int, rank: int, scored: tuple[Continuation, ...], dtype: str) -> Trace:
     deployed = scenario in DEPLOYMENTS
+    stages = (0, 1) if scenario == "pipeline" else (0,)
+    world = size * len(stages)
     return Trace(
         scenario=scenario,
         tensor_parallel_size=size,
@@ -604,11 +607,11 @@ def _trace(scenario: str, size: int, rank: int, scored: tuple[Continuation, ...]
         continuations=scored,
         weights="refit" if scenario in REFITTED else "initial",
         proof=Proof(
-            world_size=size,
+            world_size=world,
             tensor_parallel_size=size,
             rank=rank,
             pid=100 + rank,
-            worker_pids=tuple(200 + i for i in range(size)) if deployed else (100 + rank,),
+            worker_pids=tuple(200 + i for i in range(world)) if deployed else (100 + rank,),
             model_class="my_pkg.Model",
             attention_backend="CPU_ATTN",
             dtype=dtype,
@@ -617,6 +620,7 @@ def _trace(scenario: str, size: int, rank: int, scored: tuple[Continuation, ...]
             start_method="spawn" if deployed else "in-process",
             batch_sizes=(1,) * len(scored) if scenario == "alone" else (len(scored),),
             block_size=32,
+            stages=tuple(sorted(stages * size)),
         ),
         modules=_MODULES if dtype == "bfloat16" else {},
     )

@@ -33,11 +33,14 @@ def compiled(evidence: Evidence) -> Iterator[Measurement]:
 def pipeline(evidence: Evidence) -> Iterator[Measurement]:
     """Split over two pipeline stages, a model that declares SupportsPP gives the reference's answers.
 
+    Each stage has as many tensor-parallel ranks as asked for.
+
     Usual causes:
-        `intermediate_tensors` are ignored or incomplete (the residual is missing); the embedding or the
-        last norm runs on the wrong stage; layers are numbered by stage instead of by model.
+        `intermediate_tensors` are ignored or incomplete (the residual is missing, or None); the embedding or
+        the last norm runs on the wrong stage; layers are numbered by stage instead of by model.
     How to fix:
-        Follow vLLM's `make_layers` and `make_empty_intermediate_tensors`, or do not declare SupportsPP.
+        Follow vLLM's `make_layers` and `make_empty_intermediate_tensors`, or do not declare SupportsPP. What a
+        stage sends must be tensors, with the names and widths of `make_empty_intermediate_tensors`.
     Reports:
         vllm-ascend#3091 #12038
     """

@@ -1,6 +1,14 @@
 """The zoo: every module registers its mutants in one list."""
 
-from mutants import dense_mutants, interface_mutants, moe_mutants, precision_mutants, scheduling_mutants, weight_mutants
+from mutants import (
+    dense_mutants,
+    interface_mutants,
+    moe_mutants,
+    pipeline_mutants,
+    precision_mutants,
+    scheduling_mutants,
+    weight_mutants,
+)
 from mutants.dense_mutants import MUTANTS, Mutant
 
 __all__ = [
@@ -9,6 +17,7 @@ __all__ = [
     "dense_mutants",
     "interface_mutants",
     "moe_mutants",
+    "pipeline_mutants",
     "precision_mutants",
     "scheduling_mutants",
     "weight_mutants",

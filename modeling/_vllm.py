@@ -161,8 +161,8 @@ def attention_arguments_kept() -> Iterator[None]:
 
     def keeping(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs).arguments
-        given = {**given, **given.pop("extra_impl_args", {})}
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        given |= given.pop("extra_impl_args", {})
         vars(self)["_genmodel_arguments"] = {
             name: value
             for name, value in given.items()

@@ -65,7 +65,7 @@ def test_what_is_not_known_is_refused_by_name(session: Session, name: str) -> No
     with pytest.raises(UnusableTarget) as raised:
         session.collect(OPTIONS[name], {"inspection"})
     said = str(raised.value)
-    assert f"layers.0.attn.attn: {REFUSED[name]} (and 1 more)" in said
+    assert f"layers.0.attn.attn: {REFUSED[name]} (and 2 more)" in said
     assert "--genmodel-reference" in said
     assert "\n" not in said
 

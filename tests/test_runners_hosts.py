@@ -266,12 +266,15 @@ def test_a_fault_in_an_engine_without_workers_is_told() -> None:
 
 def test_a_worker_that_hangs_is_named() -> None:
     """Rank and frames of the one that computes, not of the one that waits for it."""
-    chosen = options("serving.loop", 2, timeout=20.0)
-    with Session([chosen]) as session:
-        found = failure_of(session.collect(chosen, {"deployed"}))
-    assert (found.kind, found.rank) == ("timeout", 1), found
-    assert found.message == "worker 1 gave no answer within 20 s, while generating (deployed)"
-    assert "in loop" in found.details
+    hangs = {name: options(f"serving.{name}", 2, timeout=20.0) for name in ("loop", "block", "wait_for_others")}
+    with Session(hangs.values()) as session:
+        for name, chosen in hangs.items():
+            found = failure_of(session.collect(chosen, {"deployed"}))
+            ranks = (0, 1) if name == "wait_for_others" else (1,)
+            assert found.kind == "timeout", (name, found)
+            assert found.rank in ranks, (name, found)
+            assert found.message == f"worker {found.rank} gave no answer within 20 s, while generating (deployed)"
+            assert len(ranks) == 2 or f"in {name}" in found.details, (name, found.details)
 
 
 @contextlib.contextmanager

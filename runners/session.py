@@ -34,7 +34,17 @@ from genmodel.runners.pool import Job, Pool, Result
 from genmodel.runners.protocol import Command, Spec
 from genmodel.runners.ray_pool import NoCluster, RayJob, RayPool
 from genmodel.runners.recorded import recorded_positions
-from genmodel.runners.scenarios import DEPLOYMENTS, ENGINE_SCENARIOS, SCENARIOS, Asked, Deployment, Plan, engines, plan
+from genmodel.runners.scenarios import (
+    DEPLOYMENTS,
+    ENGINE_SCENARIOS,
+    SCENARIOS,
+    Asked,
+    Deployment,
+    Plan,
+    Scenario,
+    engines,
+    plan,
+)
 
 DEADLINE = 120.0
 """Seconds any one phase of a scenario may take; the slowest, starting a default engine, takes about 30 on two cores."""
@@ -399,9 +409,10 @@ class _Target:
 
     def _applicable(self, inspection: Inspection, wanted: set[str]) -> set[str]:
         """Those of the scenarios that a model like this can be run in; why not is evidence."""
+        known: dict[str, Scenario | Deployment] = {**ENGINE_SCENARIOS, **DEPLOYMENTS}
         reasons = {
             name: reason
-            for name, scenario in {**ENGINE_SCENARIOS, **DEPLOYMENTS}.items()
+            for name, scenario in known.items()
             if name in wanted and (reason := scenario.inapplicable(inspection))
         }
         for name, reason in reasons.items():

@@ -49,7 +49,14 @@ def gradients(evidence: Evidence) -> Gradients:
 
 
 def precision(evidence: Evidence) -> Precision:
-    """In which dtypes the target computes outside any engine; raises NoEvidence."""
+    """In which dtypes the target computes outside any engine, and how large its values are.
+
+    Raises:
+        NotApplicable: for models built of vLLM's own layers, which do not train.
+        NoEvidence: if the scenario failed or was not run.
+    """
+    if inspection(evidence).native:
+        raise NotApplicable("built of vLLM's own layers, which do not train")
     return _present(evidence.precision, "precision", REFERENCE)
 
 

@@ -291,10 +291,7 @@ class Precision:
     dtype: str
     """What it was built for, and what its modules' dtypes are to be compared in."""
     modules: dict[str, str]
-    """The widest dtype that the values a module gave take to hold, in order of execution; "" is the model itself.
-
-    Empty for models of vLLM's own layers, which do not train.
-    """
+    """The widest dtype that the values a module gave take to hold, in order of execution; "" is the model itself."""
     largest: dict[str, float]
     """By module: the largest finite |value| that it was given or gave on the workload's prompts, in float32."""
     declared: str | None

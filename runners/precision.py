@@ -119,7 +119,6 @@ def measure(target: Any, directory: str, prompts: Sequence[tuple[int, ...]], dec
     with torch.no_grad():
         with standalone.build(target, config, TESTED, cast=False) as built:
             standalone.load(built, weights)
-            native = built.native
             with watched(built.model) as rounded:
                 for prompt in prompts[:CALLS]:
                     built.logits(torch.tensor(prompt))
@@ -132,7 +131,7 @@ def measure(target: Any, directory: str, prompts: Sequence[tuple[int, ...]], dec
                 largest = {name: max(value, largest.get(name, 0.0)) for name, value in exact.largest.items()}
     return Precision(
         dtype=str(TESTED).removeprefix("torch."),
-        modules={} if native else rounded.dtypes,
+        modules=rounded.dtypes,
         largest=largest,
         declared=declared,
     )

@@ -429,7 +429,7 @@ class _Target:
         if "gradients" in wanted and not inspection.native:
             self._say("standalone training: gradients in float64")
             self.evidence.gradients = self._ask("gradients_of", "gradients")
-        if "precision" in wanted:
+        if "precision" in wanted and not inspection.native:
             self._say("standalone in bfloat16: the dtype that each module computes in")
             prompts = [request.prompt for request in drafted.requests]
             declared = self._config.get("dtype") or self._config.get("torch_dtype")

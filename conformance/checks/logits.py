@@ -10,7 +10,6 @@ import torch
 from genmodel.conformance import agreement
 from genmodel.conformance.access import (
     every_size,
-    inspection,
     precision,
     rank_zero,
     ranks,
@@ -281,8 +280,6 @@ def module_dtypes(evidence: Evidence) -> Iterator[Measurement]:
     Reports:
         #19925 #48390 trl#4303 NeMo-RL#3936
     """
-    if inspection(evidence).native:
-        raise NotApplicable("built of vLLM's own layers, which do not train")
     trained = precision(evidence).modules
     sides = [(size, rank_zero(evidence, "bfloat16", size).modules) for size in every_size(evidence, "bfloat16")]
     if not any(trained.keys() & served.keys() for _, served in sides):
@@ -297,7 +294,7 @@ def module_dtypes(evidence: Evidence) -> Iterator[Measurement]:
         yield violations(f"modules of {len(common)} that compute in another dtype", different, row(size))
 
 
-@check(needs=("precision",), level=Level.RECOMMENDED)
+@check(needs=("inspection", "precision"), level=Level.RECOMMENDED)
 def float16_range(evidence: Evidence) -> Iterator[Measurement]:
     """Nothing that goes into or comes out of a module comes near float16's largest number.
 

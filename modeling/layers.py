@@ -135,9 +135,11 @@ def weight_loader(param: Tensor, loaded_weight: Tensor, shard_id: str | int | No
             ColumnParallelLinear with several.
 
     Raises:
-        ValueError: a shape or a shard id that does not fit; nothing is ever cut to fit.
+        ValueError: a shape, a shard id or a class of dtype that does not fit; nothing is ever cut to fit.
     """
     partition: Partition = param.partition  # type: ignore[attr-defined]
+    if param.is_floating_point() != loaded_weight.is_floating_point():
+        raise ValueError(f"a parameter of {param.dtype} but the checkpoint holds {loaded_weight.dtype}")
     with torch.no_grad():
         if shard_id is None:
             param.copy_(partition.shard(loaded_weight))

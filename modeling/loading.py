@@ -53,8 +53,9 @@ def load_weights(
         The names loaded, tied names included.
 
     Raises:
-        LoadError: on names the model does not have, parameters the checkpoint does not have, or a
-            shape for which nothing declares how it is sharded. One message lists all of them.
+        LoadError: on names the model does not have, parameters the checkpoint does not have, integers for
+            floating-point numbers or the reverse, or a shape for which nothing declares how it is sharded. One
+            message lists all of them.
     """
     context = parallel_context
     if context is None:
@@ -85,6 +86,8 @@ def load_weights(
 
 def _load_one(name: str, destination: torch.Tensor, tensor: torch.Tensor, context: ParallelContext) -> None:
     loader = getattr(destination, "weight_loader", None)
+    if not callable(loader) and destination.is_floating_point() != tensor.is_floating_point():
+        raise LoadError(f"{name} is {destination.dtype} but the checkpoint holds {tensor.dtype}")
     if callable(loader):
         loader(destination, tensor)
     elif isinstance(destination, DTensor):

@@ -54,8 +54,8 @@ LARGEST_TENSORS = 32 << 30
 MOST_TARGETS = 64
 LARGEST_SIZE = 4096
 """Ranks."""
-LARGEST_CHECKPOINT = 2**31 - 1
-"""Elements: codes are int32."""
+LARGEST_CHECKPOINT = 2**46
+"""Elements: more than any model has."""
 
 
 class ArchiveError(ValueError):
@@ -270,7 +270,7 @@ def _require_ranks(part: Trace | WeightAudit | RankGradients) -> None:
 
 def _require_local_codes(part: WeightAudit | RankGradients) -> None:
     for name, codes in part.codes.items():
-        _require_tensor(name, codes, "int32", None)
+        _require_tensor(name, codes, "int64" if str(codes.dtype) == "torch.int64" else "int32", None)
 
 
 def _require_local_gradients(part: RankGradients) -> None:

@@ -19,7 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from genmodel.modeling.loading import loadable
+from genmodel.runners.evidence import COMPUTED_TABLE
 from genmodel.runners.workload import edge_tokens
 
 TINY_CONFIG: dict[str, Any] = {
@@ -54,6 +57,10 @@ LOGIT_SPREAD = 3.0
 """Standard deviation the logits of a model that ends in a normalisation are given, roughly."""
 
 
+INDEX = "model.safetensors.index.json"
+"""Which tensor is in which file, of a checkpoint in several."""
+
+
 def write_config(directory: Path, config: Mapping[str, Any], arch: str, dtype: str) -> None:
     """Write config.json so that vLLM builds `arch` from it."""
     merged = {"model_type": "genmodel", **config, "architectures": [arch], "torch_dtype": dtype}
@@ -83,11 +90,56 @@ def adversarial_weights(model: nn.Module, shapes: Mapping[str, tuple[int, ...]],
     }
 
 
+def adversarial_buffers(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Persistent buffers for a checkpoint: what training or a constructor gave them, moved; float32 and integers.
+
+    What their values mean is kept, as far as values tell: signs, zeros, masks and tables of integers.
+
+    Args:
+        model: a build at TP=1.
+        seed: of all values.
+    """
+    made: dict[str, torch.Tensor] = {}
+    for name, buffer in persistent_buffers(model).items():
+        shape = tuple(getattr(buffer, "full_shape", buffer.shape))
+        held = (buffer.to_local() if isinstance(buffer, DTensor) else buffer).detach().cpu().clone()
+        if not held.is_floating_point() or COMPUTED_TABLE.search(name):
+            made[name] = held
+            continue
+        wide = held.float()
+        if wide.isinf().any():
+            continue  # a mask, that no file of weights may have
+        sane = (
+            shape == tuple(held.shape) and bool(wide.isfinite().all()) and (_is_mask(wide) or wide.abs().lt(1e6).all())
+        )
+        if not sane:  # memory that nobody wrote to
+            made[name] = _adversarial(name, shape, None, None, seed).float()
+        elif not wide.any():
+            made[name] = 0.15 * torch.randn(shape, generator=_generator(name, seed))
+        else:
+            made[name] = _moved(wide, _generator(name, seed))
+    return made
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Those that a checkpoint of the model has, by their first names; vLLM's own layers take care of theirs."""
+    foreign = {n: type(module).__module__.startswith("vllm.") for n, module in model.named_modules()}
+    buffers = loadable(model)[1]
+    first = {id(buffer): name for name, buffer in reversed(buffers.items())}
+    return {
+        name: buffers[name]
+        for name in buffers
+        if first[id(buffers[name])] == name
+        and not foreign.get(name.rpartition(".")[0], False)
+        and not buffers[name].is_complex()
+    }
+
+
 def _adversarial(
     name: str, shape: tuple[int, ...], owner: nn.Module | None, initial: torch.Tensor | None, seed: int
 ) -> torch.Tensor:
     # Seeded per name: adding a parameter to a model leaves all others as they were.
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+    generator = _generator(name, seed)
     normal = torch.randn(shape, generator=generator)
     if len(shape) < 2:
         if name.endswith("bias"):
@@ -116,6 +168,28 @@ def _with_small_rows(table: torch.Tensor) -> torch.Tensor:
     return table
 
 
+def _generator(name: str, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+
+
+def _moved(wide: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Every value moved by a good part of the tensor's size, float32; what has one sign keeps it, and a mask all."""
+    normal = torch.randn(wide.shape, generator=generator)
+    if _is_mask(wide):
+        return wide
+    if bool((wide >= 0).all()) or bool((wide <= 0).all()):
+        return wide * torch.exp(0.3 * normal)  # a variance, or a table of frequencies
+    return wide + 0.3 * wide.square().mean().sqrt() * normal
+
+
+def _is_mask(wide: torch.Tensor) -> bool:
+    """Whether there are two values, and too many of them for that to be chance."""
+    if wide.numel() <= 8:
+        return False
+    low, high = wide.aminmax()
+    return bool(low < high) and bool(((wide == low) | (wide == high)).all())
+
+
 def _fan_in(shape: tuple[int, ...], owner: nn.Module | None) -> float:
     """How many inputs an output sums over."""
     if len(shape) == 2:
@@ -131,7 +205,12 @@ def is_embedding(module: nn.Module | None) -> bool:
 
 
 def rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in `dtype`; what float16 is too coarse for becomes its smallest normal number, and never zero."""
+    """The tensor in `dtype`; what float16 is too coarse for becomes its smallest normal number, and never zero.
+
+    Tensors of integers stay what they are.
+    """
+    if not tensor.is_floating_point():
+        return tensor
     smallest = torch.finfo(dtype).tiny
     vanishing = (tensor != 0) & (tensor.abs() < smallest)
     return torch.where(vanishing, tensor.sign() * smallest, tensor).to(dtype)
@@ -147,42 +226,47 @@ def save_weights(directory: Path, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def save_refit_weights(directory: Path, seed: int) -> None:
-    """Write `refit/`, the same checkpoint with every tensor moved by a good part of its own size."""
+    """Write `refit/`, the same checkpoint with every tensor, buffers too, moved by a good part of its own size."""
     other = directory / "refit"
     other.mkdir(exist_ok=True)
     moved = {}
     for name, tensor in read_weights(directory).items():
-        if not tensor.is_floating_point():
-            moved[name] = tensor
-            continue
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()) + 1)
-        wide = tensor.float()
-        size = wide.square().mean().sqrt()
-        moved[name] = (wide + 0.3 * size * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+        generator = _generator(f"{name} refit", seed)
+        moves = tensor.is_floating_point() and tensor.numel() and not COMPUTED_TABLE.search(name)
+        moved[name] = _moved(tensor.float(), generator).to(tensor.dtype) if moves else tensor
     save_weights(other, moved)
     (other / "config.json").write_text((directory / "config.json").read_text())
 
 
-def _check_index(path: Path) -> None:
-    """Raise ValueError if the index of a checkpoint in several files names one that is not there."""
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that hold the checkpoint: those that its index names, as vLLM reads it, else all.
+
+    Raises:
+        ValueError: if the index cannot be read, or names a file that is not there.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    index = directory / INDEX
+    if not index.is_file():
+        return files
     try:
-        named = set(json.loads(path.read_text())["weight_map"].values())
+        named = set(json.loads(index.read_text())["weight_map"].values())
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not an index of safetensors files: {error}") from None
-    absent = sorted(str(name) for name in named if not (path.parent / str(name)).is_file())
+        raise ValueError(f"{index} is not an index of safetensors files: {error}") from None
+    absent = sorted(str(name) for name in named if not (directory / str(name)).is_file())
     if absent:
-        raise ValueError(f"{path} names {', '.join(absent[:3])}, which is not there")
+        raise ValueError(f"{index} names {', '.join(absent[:3])}, which is not there")
+    return [path for path in files if path.name in named]
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every safetensors file in the directory, on the CPU, by name.
+    """Every tensor of every safetensors file of the checkpoint, on the CPU, by name.
 
     Raises:
         ValueError: if there is none, one cannot be read or is not there though the index names it, or a tensor holds
             NaN or infinity; the message names the file.
     """
     tensors: dict[str, torch.Tensor] = {}
-    files = sorted(directory.glob("*.safetensors"))
+    files = weight_files(directory)
     for path in files:
         if not path.is_file():  # or reading a pipe would wait for ever
             raise ValueError(f"{path} {'leads nowhere' if path.is_symlink() else 'is not a file'}")
@@ -194,8 +278,6 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"{path} ({size} bytes) cannot be read as safetensors: {error}") from None
     if not files:
         raise ValueError(f"no *.safetensors file in {directory}")
-    for index in directory.glob("*.safetensors.index.json"):
-        _check_index(index)
     bad = [
         name
         for name, tensor in tensors.items()

@@ -229,15 +229,15 @@ def prepare(state: State, spec: Spec, config: dict[str, Any], config_from: str, 
             )
             found = replace(found, notes=(*found.notes, note))
     with state.phase("making the weights"):
-        made = _make_weights(state, spec) if weights is None or spec.names is not None else {}
-        made = _under_own_names(state, spec, made)
+        made, buffers = _make_weights(state, spec) if weights is None or spec.names is not None else ({}, {})
+        made = _under_own_names(state, spec, made) | _buffers_of_both(state, spec, buffers)
         if weights is not None:
             source = Path(weights)
             try:
                 checkpoint.read_weights(source)
             except ValueError as error:
                 raise Unusable(f"--genmodel-weights: {error}") from None
-            for path in source.glob("*.safetensors"):
+            for path in checkpoint.weight_files(source):
                 (directory / path.name).symlink_to(path.resolve())
         else:
             # In the tested dtype, so that the higher-precision reference has the very same weights.
@@ -247,20 +247,33 @@ def prepare(state: State, spec: Spec, config: dict[str, Any], config_from: str, 
     return found
 
 
-def _make_weights(state: State, spec: Spec) -> dict[str, torch.Tensor]:
-    """Adversarial weights under the reference's parameter names, for what the reference lacks is not there."""
+def _make_weights(state: State, spec: Spec) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Adversarial weights and buffers under the reference's names, for what the reference lacks is not there."""
     origin = state.target(spec) if spec.reference is None else _reference_class(spec)
     if hugging_face.is_class(origin):
-        return hugging_face.adversarial_checkpoint(origin, Path(spec.directory), spec.seed)
+        return hugging_face.adversarial_checkpoint(origin, Path(spec.directory), spec.seed), {}
     try:
         with standalone.build(origin, _vllm.model_config(spec.directory, "float32"), torch.float32) as built:
-            return checkpoint.adversarial_weights(built.model, standalone.checkpoint_shapes(built.model), spec.seed)
+            shapes = standalone.checkpoint_shapes(built.model)
+            made = checkpoint.adversarial_weights(built.model, shapes, spec.seed)
+            return made, checkpoint.adversarial_buffers(built.model, spec.seed)
     except Exception as error:
         if spec.reference is None:
             raise
         raise Unusable(
             f"--genmodel-reference={spec.reference} does not build: {type(error).__name__}: {error}"
         ) from None
+
+
+def _buffers_of_both(state: State, spec: Spec, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of the reference's persistent buffers that the target has too; others are either side's own business."""
+    if spec.reference is None or not theirs:
+        return theirs
+    if (Path(spec.directory) / naming.FILE).exists():
+        return {}
+    with standalone.build(state.target(spec), _vllm.model_config(spec.directory, "float32"), torch.float32) as built:
+        own = checkpoint.persistent_buffers(built.model)
+        return {name: buffer for name, buffer in theirs.items() if name in own and own[name].shape == buffer.shape}
 
 
 def _under_own_names(state: State, spec: Spec, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -314,14 +327,23 @@ def code_checkpoint(state: State, spec: Spec) -> tuple[dict[str, CodedTensor], s
 
 
 def audit_weights(
-    state: State, spec: Spec, codes: Mapping[str, CodedTensor], tensor_parallel_size: int, probe: bool, port: int
+    state: State,
+    spec: Spec,
+    codes: Mapping[str, CodedTensor],
+    tensor_parallel_size: int,
+    probe: bool,
+    ports: Sequence[int],
 ) -> WeightAudit:
     """What this rank of vLLM's workers loads of the coded checkpoint."""
     state.register(spec)
-    _take_rank(state, spec, tensor_parallel_size, port)
     with state.phase("loading the coded checkpoint"):
         return weights_audit.audit(
-            spec.directory, codes, tensor_parallel_size=tensor_parallel_size, rank=state.rank, probe=probe
+            spec.directory,
+            codes,
+            tensor_parallel_size=tensor_parallel_size,
+            rank=state.rank,
+            probe=probe,
+            meet=lambda digit: _take_rank(state, spec, tensor_parallel_size, ports[digit]),
         )
 
 
@@ -546,7 +568,8 @@ def _record_reference(
 def _reference_weights(spec: Spec, weights: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The "initial" or "refit" checkpoint, rounded, under the reference's names."""
     found = checkpoint.read_weights(_weights_of(spec, weights))
-    return naming.for_reference(Path(spec.directory), {name: tensor.to(dtype) for name, tensor in found.items()})
+    rounded = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+    return naming.for_reference(Path(spec.directory), rounded)
 
 
 def _higher(dtype: str) -> str:

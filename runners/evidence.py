@@ -8,6 +8,7 @@ Shapes: P prompt tokens, G generated tokens, K scored candidates per position, V
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -339,6 +340,9 @@ class Gradients:
     """Loss before each optimiser step on one batch, and after the last."""
 
 
+MOST_DIGITS = 2
+"""Loads that the codes of any checkpoint take: each tells 2^23 numbers apart, so two do for 2^46 elements."""
+
 PADDING = 0
 CHANGED = -1
 UNLOADED = -2
@@ -351,11 +355,21 @@ class CodedTensor:
 
     Codes begin at 1 and are unique over the whole checkpoint, but for matrices that were equal in the
     original one (a head that repeats the embedding): these share their codes. After loading, each local
-    element tells where it came from.
+    element tells where it came from. There is no limit to their number: those that float32 cannot tell apart are
+    loaded digit by digit.
     """
 
     shape: tuple[int, ...]
     first_code: int
+
+
+def kind(name: str) -> str:
+    """What tensors have in common whose names differ in a number only, such as a layer's or an expert's."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
+
+
+COMPUTED_TABLE = re.compile(r"\b(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")
+"""Tables that older checkpoints carry along, and that models compute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -372,6 +386,33 @@ class Omission:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Misfit:
+    """What loading made of a checkpoint in which one tensor has another shape or is of integers."""
+
+    tensor: str
+    change: str
+    """In words, such as "one longer along dimension 0"."""
+    refused: str | None
+    """What was raised, in one line; None if nothing was."""
+    dimension: int | None = None
+    """Along which dimension it is longer; None for other changes."""
+    converts: bool = False
+    """Whether `copy_` makes it fit: integers become floating-point numbers, one element is repeated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reload:
+    """What one rank made of the same checkpoint, loaded once more with its tensors in some order."""
+
+    order: str
+    """"as before", "reversed" or "shuffled"."""
+    refused: str | None
+    """What was raised, in one line; None if nothing was."""
+    different: tuple[str, ...] = ()
+    """Parameters and buffers that hold other elements than after the first load."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadProbes:
     """How loading takes checkpoints that do not fit the model."""
 
@@ -383,6 +424,12 @@ class LoadProbes:
     """What loading it raised, in one line; None if it was taken silently."""
     omissions: tuple[Omission, ...] = ()
     """One per kind of tensor: names that differ in a number only, such as a layer's, are one kind."""
+    misfits: tuple[Misfit, ...] = ()
+    """Several per kind of tensor, but for what layers of vLLM's own hold: those load what they are given."""
+    integers: tuple[str, ...] = ()
+    """Kinds of integer tensors of the checkpoint that nothing in the model changes with."""
+    untried: int = 0
+    """Kinds of tensors that no such checkpoint was tried for: there are too many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -394,13 +441,18 @@ class WeightAudit:
     world_size: int
     """As vLLM counts it: proof of how the model was really sharded."""
     codes: dict[str, torch.Tensor]
-    """int32, of the local shape, by parameter name, and by name of persistent buffers that loading changed."""
+    """int32 (int64 beyond its range), of the local shape, by parameter name, and by name of persistent buffers that
+    the checkpoint has or that loading changed."""
     tied: tuple[tuple[str, ...], ...]
     """Groups of parameter names that share memory."""
     attention: tuple[AttentionInfo, ...]
     """The KV-cached attention layers of this rank."""
     probes: LoadProbes | None
     """At tensor-parallel size 1 only."""
+    reloads: tuple[Reload, ...] = ()
+    """The first in the order of the first load; no others if that was refused."""
+    buffers: tuple[str, ...] = ()
+    """Those of the names in `codes` that are buffers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -414,7 +466,7 @@ class RankGradients:
     rank: int
     loss: float
     codes: dict[str, torch.Tensor]
-    """int32, of the local shape: see WeightAudit."""
+    """Of the local shape: see WeightAudit."""
     gradients: dict[str, torch.Tensor | None]
     """float64, of the local shape, of every trainable parameter; None where backward left none."""
 

@@ -159,14 +159,18 @@ def to_theirs(translation: Translation, shapes: Shapes, own: Mapping[str, torch.
     return found
 
 
+FILE = "names.json"
+"""Where a translation is kept, beside the checkpoint it belongs to."""
+
+
 def save(directory: Path, translation: Translation, shapes: Shapes) -> None:
     """Keep a translation beside the checkpoint it belongs to."""
-    (directory / "names.json").write_text(json.dumps({"translation": translation, "shapes": dict(shapes)}))
+    (directory / FILE).write_text(json.dumps({"translation": translation, "shapes": dict(shapes)}))
 
 
 def for_reference(directory: Path, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A checkpoint under the reference's names; unchanged if `directory` keeps no translation."""
-    path = directory / "names.json"
+    path = directory / FILE
     if not path.exists():
         return own
     kept = json.loads(path.read_text())

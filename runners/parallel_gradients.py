@@ -48,7 +48,7 @@ def measure(
         with standalone.build(target, config, torch.float64, context) as built:
             weights = checkpoint.read_weights(Path(directory))
             trainable = {name: p for name, p in built.model.named_parameters() if p.requires_grad}
-            held = _codes(built.model, trainable, dict(coding.recoded(weights.items(), codes)))
+            held = _codes(built.model, trainable, weights, codes)
             _load(built.model, weights)
             batch = gradients.training_batch(built, torch.Generator().manual_seed(seed))
             loss = gradients.training_loss(built, batch)
@@ -64,16 +64,21 @@ def measure(
 
 
 def _codes(
-    model: nn.Module, trainable: Mapping[str, nn.Parameter], coded: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    trainable: Mapping[str, nn.Parameter],
+    weights: Mapping[str, torch.Tensor],
+    codes: Mapping[str, CodedTensor],
 ) -> dict[str, torch.Tensor]:
     """What belongs where; parameters that loading does not reach end as they began."""
     before = {name: coding.local(p).clone() for name, p in trainable.items()}
-    coding.poison(trainable.values())
-    _load(model, coded)
-    held = coding.decoded(trainable)
+    held = []
+    for digit in coding.digits(codes):
+        coding.poison(trainable.values())
+        _load(model, dict(coding.recoded(weights.items(), codes, digit)))
+        held.append(coding.decoded(trainable))
     for name, parameter in trainable.items():
         coding.local(parameter).copy_(before[name])
-    return held
+    return coding.joined(held)
 
 
 def _load(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

@@ -20,6 +20,7 @@ import cloudpickle
 from genmodel.modeling import lookup
 from genmodel.runners import machine
 from genmodel.runners.evidence import (
+    MOST_DIGITS,
     Evidence,
     Failure,
     FailureKind,
@@ -450,8 +451,8 @@ class _Target:
         codes = self.evidence.coded_checkpoint
         if audited and codes:
             self._say(f"vLLM at TP={size}: loading a checkpoint in which every element has its number")
-            port = self._pool.free_ports(1)[0]
-            audits = self._on_ranks("audit_weights", "weights", size, codes=codes, probe=size == 1, port=port)
+            ports = self._pool.free_ports(MOST_DIGITS)
+            audits = self._on_ranks("audit_weights", "weights", size, codes=codes, probe=size == 1, ports=ports)
             self.evidence.weights[size] = _proven(audits, size)
         if trained and codes:
             self._say(f"standalone training at TP={size}: gradients of every rank")

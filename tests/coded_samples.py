@@ -21,13 +21,16 @@ from genmodel.runners.evidence import (
     CodedTensor,
     Evidence,
     LoadProbes,
+    Misfit,
     Omission,
     RankGradients,
+    Reload,
     WeightAudit,
 )
 
 VOCABULARY, HIDDEN, INNER, HEAD = 203, 64, 48, 32
 SIZES = (1, 2)
+LONGER = "one longer along dimension 0"
 
 SHAPES = {
     "embed.weight": (VOCABULARY, HIDDEN),
@@ -101,6 +104,11 @@ def _audit(rank: int, size: int) -> WeightAudit:
             Omission(tensor="head.weight", refused=None, left=(), exempt=False),
             Omission(tensor="embed.weight", refused=None, left=("embed.weight",), exempt=True),
         ),
+        misfits=(
+            Misfit(tensor="norm.weight", change="one shorter along dimension 0", refused="ValueError: 63"),
+            Misfit(tensor="norm.weight", change="of integers", refused="ValueError: integers", converts=True),
+            Misfit(tensor="embed.weight", change=LONGER, refused=None, dimension=0),
+        ),
     )
     return WeightAudit(
         tensor_parallel_size=size,
@@ -110,6 +118,7 @@ def _audit(rank: int, size: int) -> WeightAudit:
         tied=(),
         attention=(attention,),
         probes=probes if size == 1 else None,
+        reloads=tuple(Reload(order=order, refused=None) for order in ("as before", "reversed", "shuffled")),
     )
 
 
@@ -169,6 +178,29 @@ def change_probes(evidence: Evidence, **fields: Any) -> Evidence:
         return replace(audit, probes=replace(audit.probes, **fields))
 
     return change_audits(evidence, changed, sizes=(1,))
+
+
+def change_misfit(evidence: Evidence, number: int, **fields: Any) -> Evidence:
+    """One of the tensors that do not fit is another, or was taken."""
+
+    def changed(audit: WeightAudit) -> WeightAudit:
+        assert audit.probes is not None
+        misfits = list(audit.probes.misfits)
+        misfits[number] = replace(misfits[number], **fields)
+        return replace(audit, probes=replace(audit.probes, misfits=tuple(misfits)))
+
+    return change_audits(evidence, changed, sizes=(1,))
+
+
+def change_reload(evidence: Evidence, number: int, **fields: Any) -> Evidence:
+    """What rank 1 made of the same checkpoint in another order."""
+
+    def changed(audit: WeightAudit) -> WeightAudit:
+        reloads = list(audit.reloads)
+        reloads[number] = replace(reloads[number], **fields)
+        return replace(audit, reloads=tuple(reloads))
+
+    return change_audits(evidence, changed, sizes=(2,), ranks=(1,))
 
 
 def change_heads(evidence: Evidence, **fields: int) -> Evidence:
@@ -275,7 +307,19 @@ FAILING: Mapping[str, Mapping[str, Callable[[Evidence], Evidence]]] = {
         "row cut off": lambda e: change_codes(e, "head.weight", rows(100, 101, 0), sizes=(2,), ranks=(1,)),
         "swapped on one rank": lambda e: change_audits(e, _layers_swapped, sizes=(2,), ranks=(1,)),
         "altered on one rank": lambda e: change_codes(e, "norm.weight", rows(3, 4, CHANGED), sizes=(2,), ranks=(1,)),
+        "a table of integers ignored": lambda e: change_probes(e, integers=("tokens",)),
     },
+    "weights.any_order": {
+        "another model": lambda e: change_reload(e, 1, different=(GATE_UP,)),
+        "refused": lambda e: change_reload(e, 2, refused="KeyError: 'gate'"),
+        "another model the second time": lambda e: change_reload(e, 0, different=("norm.weight",)),
+    },
+    "weights.wrong_shape_refused": {
+        "cut to fit": lambda e: change_misfit(e, 0, refused=None),
+        "a vocabulary's columns": lambda e: change_misfit(e, 2, change="one longer along dimension 1", dimension=1),
+        "not a vocabulary": lambda e: change_misfit(e, 2, tensor="norm.weight"),
+    },
+    "weights.conversion_refused": {"converted": lambda e: change_misfit(e, 1, refused=None)},
     "weights.local_order": {
         "gate and up as one column": lambda e: change_audits(e, _gate_up_as_one_column, sizes=(2,)),
         "rows interleaved": lambda e: change_codes(e, GATE_UP, _interleaved, sizes=(2,)),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from correct_models import buffers
 from genmodel import ParallelContext, TrainableAttention
 from genmodel.conformance.agreement import NOISE_FACTOR, ULP_FACTOR
 from genmodel.reference_models import dense, gpt, moe
@@ -132,6 +133,36 @@ def test_a_weight_centred_on_zero_stays_there() -> None:
     assert made["a.weight"].mean() == pytest.approx(1.0, abs=0.1)
     assert made["b.weight"].mean() == pytest.approx(0.0, abs=0.1)
     assert made["a.bias"].abs().mean() > 0.05
+
+
+def test_persistent_buffers_are_moved_as_far_as_their_values_mean_nothing(tmp_path: Path) -> None:
+    """Of every kind; and new weights move them too."""
+    config = SimpleNamespace(**checkpoint.TINY_CONFIG)
+    model = buffers.factory(SimpleNamespace(model_config=SimpleNamespace(hf_config=config)), ParallelContext())
+    model.register_buffer("variance", torch.linspace(0.5, 2.0, 20))
+    model.register_buffer("minus_infinity", torch.full((3, 3), -torch.inf))
+    model.register_buffer("unwritten", torch.tensor([float("nan"), 3.0]))
+    rotary = nn.Module()
+    rotary.register_buffer("inv_freq", torch.tensor([1.0, 0.1]))
+    model.rotary_emb = rotary
+    made = checkpoint.adversarial_buffers(model, 0)
+    names = {"scale", "shift", "tokens", "mask", "empty", "variance", "unwritten", "rotary_emb.inv_freq"}
+    assert set(made) == names  # once, under the first of two names; nothing that a file of weights may not have
+    assert made.keys() == checkpoint.adversarial_buffers(model, 0).keys()
+    assert bool(made["unwritten"].isfinite().all())
+    for name in ("tokens", "mask", "rotary_emb.inv_freq"):
+        assert torch.equal(made[name], model.get_buffer(name))
+    for name in ("scale", "shift", "variance"):
+        assert 0.05 < float((made[name] - model.get_buffer(name)).abs().mean()) < 0.5
+    assert bool((made["variance"] > 0).all())
+    checkpoint.save_weights(tmp_path, made)
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint.save_refit_weights(tmp_path, 0)
+    moved = checkpoint.read_weights(tmp_path / "refit")
+    same = {name for name in made if torch.equal(moved[name], made[name])}
+    assert same == {"tokens", "mask", "empty", "rotary_emb.inv_freq"}
+    assert bool((moved["variance"] > 0).all())
+    assert all(not torch.equal(moved[name] / made[name], torch.ones(made[name].shape)) for name in names - same)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import six_targets
-from coded_samples import change_codes, rank_codes, whole_codes
+from coded_samples import change_codes, change_misfit, change_reload, rank_codes, whole_codes
 from evidence_samples import change_inspection, clean
 from genmodel import ParallelContext
 from genmodel.conformance import catalogue
@@ -24,9 +24,18 @@ from genmodel.conformance.verdict import Status
 from genmodel.modeling.loading import load_weights
 from genmodel.modeling.parallel_context import GroupMember
 from genmodel.reference_models import dense
-from genmodel.runners import coding
-from genmodel.runners.checkpoint import TINY_CONFIG
-from genmodel.runners.evidence import CHANGED, PADDING, UNLOADED, CodedTensor, Evidence, Failure, WeightAudit
+from genmodel.runners import coding, weights_audit
+from genmodel.runners.checkpoint import TINY_CONFIG, read_weights
+from genmodel.runners.evidence import (
+    CHANGED,
+    PADDING,
+    UNLOADED,
+    CodedTensor,
+    Evidence,
+    Failure,
+    LoadProbes,
+    WeightAudit,
+)
 from genmodel.runners.inspection import attention_layers
 from genmodel.runners.session import Session, TargetOptions
 
@@ -64,20 +73,67 @@ def test_matrices_that_repeat_each_other_share_their_codes(tmp_path: Path) -> No
     assert codes["ones"] != codes["more"]
 
 
-def test_codes_are_exact_or_there_are_none(tmp_path: Path) -> None:
+def test_codes_are_exact_however_many_there_are(tmp_path: Path) -> None:
+    """Beyond what float32 counts to there is a load for each digit, and codes are wide where they have to be."""
     last = CodedTensor(shape=(1,), first_code=coding.LARGEST)
+    assert coding.digits({"last": last}) == range(1)
     assert coding.decode(coding.values(last)).item() == coding.LARGEST
-    save_file({"w": torch.zeros(1 << 12, (1 << 11) + 1, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
-    with pytest.raises(coding.Uncodable, match=r"8,392,704 elements, and at most 8,388,608"):
-        coding.coded(tmp_path)
+    for first, dtype in ((coding.LARGEST - 1, torch.int32), (2**31 - 2, torch.int64), (2**46 - 3, torch.int64)):
+        tensor = CodedTensor(shape=(2, 2), first_code=first)
+        digits = coding.digits({"w": tensor})
+        assert digits == range(2)
+        values = [coding.values(tensor, digit) for digit in digits]
+        assert all(bool((value % 2 == 1).all()) and float(value.max()) < 2**24 for value in values)
+        codes = coding.joined([{"w": coding.decode(value)} for value in values])["w"]
+        assert (codes.tolist(), codes.dtype) == ([[first, first + 1], [first + 2, first + 3]], dtype)
     save_file({"n": torch.arange(7)}, tmp_path / "model.safetensors")
     with pytest.raises(coding.Uncodable, match="no weights"):
         coding.coded(tmp_path)
 
 
-@pytest.mark.parametrize("change", [lambda w: w + 1, lambda w: 2 * w, lambda w: -w, lambda w: w / 3])
+CHANGES = [lambda w: w + 1, lambda w: 2 * w, lambda w: -w, lambda w: w / 3]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_value_is_no_code(change: Any) -> None:
     assert set(coding.decode(change(torch.tensor([7.0, 1001.0, 65.0]))).tolist()) == {CHANGED}
+
+
+@pytest.mark.parametrize("change", CHANGES[:3])
+def test_a_value_changed_in_any_digit_is_no_code(change: Any) -> None:
+    """Although its other digit may be what another element's is: the high one is 1 for millions of elements."""
+    tensor = CodedTensor(shape=(3,), first_code=5 * coding.LARGEST - 1)
+    low, high = (coding.values(tensor, digit) for digit in range(2))
+    for changed in ((change(low), high), (low, change(high)), (change(low), change(high))):
+        codes = coding.joined([{"w": coding.decode(values)} for values in changed])["w"]
+        assert codes.tolist() == [CHANGED] * 3
+
+
+def test_what_no_digit_was_loaded_into_shows_and_tied_tensors_stay_one() -> None:
+    found = torch.tensor([float("nan"), 0.0, 0.0, float("nan"), 5.0])
+    other = torch.tensor([float("nan"), 0.0, 3.0, 1.0, 3.0])
+    codes = coding.joined([coding.decoded({"a": found, "b": found}), coding.decoded({"a": other, "b": other})])
+    assert codes["a"].tolist() == [UNLOADED, PADDING, CHANGED, CHANGED, 3 + coding.LARGEST]
+    assert codes["a"] is codes["b"]
+
+
+def test_a_checkpoint_in_several_files_is_read_as_its_index_says(tmp_path: Path) -> None:
+    """As vLLM does: a file that the index does not name is no part of it."""
+    save_file({"a": torch.randn(3, 2)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.randn(4)}, tmp_path / "model-00002-of-00002.safetensors")
+    save_file({"a": torch.randn(3, 2), "other.b": torch.randn(4)}, tmp_path / "consolidated.safetensors")
+    assert set(coding.coded(tmp_path)) == {"a", "b", "other.b"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+    )
+    assert set(coding.coded(tmp_path)) == set(read_weights(tmp_path)) == {"a", "b"}
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"index\.json names model-00002-of-00002\.safetensors, which is not there"):
+        read_weights(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="is not an index of safetensors files"):
+        read_weights(tmp_path)
 
 
 def test_what_was_not_loaded_shows() -> None:
@@ -104,6 +160,61 @@ def test_slices_are_found_whatever_the_layout() -> None:
     for part in (whole.flip(0), whole[:, [1, 0]], whole[:2].reshape(6, 2), whole.flatten()[[3, 2]]):
         assert not place(part, whole).ordered
     assert place(whole + 3, whole).foreign == 3
+
+
+def checkpoint_of(shapes: dict[str, tuple[int, ...]]) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
+    """A coded checkpoint of these shapes, and its tensors' codes."""
+    tensors, first = {}, 1
+    for name, shape in shapes.items():
+        tensors[name] = CodedTensor(shape=shape, first_code=first)
+        first += math.prod(shape)
+    codes = {n: coding.decode(coding.values(tensor)) for n, tensor in tensors.items()}
+    return Checkpoint(tensors), codes
+
+
+def test_whole_matrices_of_one_kind_may_be_dealt_out_in_any_order() -> None:
+    checkpoint, codes = checkpoint_of(
+        {
+            **{f"experts.{i}.{name}": (4, 3) for i in range(4) for name in ("gate", "up")},
+            "fused": (4, 6, 3),
+            "bias": (4, 6),
+            "q": (6, 3),
+            "k": (4, 3),
+            "one": (),
+        }
+    )
+    ups = [codes[f"experts.{i}.up"] for i in range(4)]
+    gates = [codes[f"experts.{i}.gate"] for i in range(4)]
+    stacked, joined, qk = torch.stack(ups), torch.cat(ups), torch.cat([codes["q"], codes["k"]])
+    pairs = torch.cat([m for pair in zip(gates, ups, strict=True) for m in pair])
+    dealt = [2, 0]
+    placement = set(checkpoint.placements(codes["fused"][dealt], codes["fused"]))
+    assert placement == {(4, (2, 0))}
+    right = [
+        (stacked[dealt], stacked),
+        (codes["fused"][dealt], codes["fused"]),
+        (torch.cat([ups[2][:2], ups[0][:2]]), joined),
+        (torch.cat([gates[2], ups[2], gates[0], ups[0]]), pairs),
+        (torch.cat([codes["q"][2:4], codes["k"][:2]]), qk),
+        (codes["one"], codes["one"]),
+        (codes["fused"][:0], codes["fused"]),
+    ]
+    for part, whole in right:
+        assert not checkpoint.out_of_order(part, whole, ())
+    assert checkpoint.out_of_order(codes["bias"][dealt], codes["bias"], ())
+    assert not checkpoint.out_of_order(codes["bias"][dealt], codes["bias"], placement)
+    wrong = [
+        (stacked[dealt].flip(1), stacked),
+        (stacked[dealt].flip(2), stacked),
+        (stacked[dealt].transpose(1, 2).reshape(2, 4, 3), stacked),
+        (torch.cat([ups[2].flip(0), ups[0]]), joined),
+        (torch.stack([ups[0], ups[2]], 1).flatten(0, 1), joined),
+        (torch.cat([codes["k"][:2], codes["q"][:2]]), qk),
+        (torch.stack([gates[0], ups[0]])[[1, 0]], torch.stack([gates[0], ups[0]])),
+        (codes["bias"][[1, 3]].flip(0), codes["bias"]),
+    ]
+    for part, whole in wrong:
+        assert checkpoint.out_of_order(part, whole, placement)
 
 
 def test_modules_spread_over_the_ranks_are_recognised_by_their_elements() -> None:
@@ -170,6 +281,145 @@ def test_a_model_that_cannot_run_at_one_rank_and_need_not() -> None:
     assert "needs two ranks" in judged("weights.local_order", alone).reason
 
 
+def test_a_model_that_cannot_be_loaded_twice_is_not_judged_by_it() -> None:
+    again = "RuntimeError: packed already"
+    verdict = judged("weights.any_order", change_reload(clean(), 0, refused=again))
+    assert verdict.status is Status.NOT_APPLICABLE
+    assert verdict.reason == f"the model cannot be loaded twice: {again}"
+
+
+def test_whole_matrices_and_rows_beyond_the_vocabulary_may_be_left_out() -> None:
+    stacked = replace(clean().coded_checkpoint["norm.weight"], shape=(4, 4, 4))
+    evidence = change_misfit(clean(), 2, tensor="norm.weight")
+    assert judged("weights.wrong_shape_refused", clean()).status is Status.PASSED
+    assert judged("weights.wrong_shape_refused", evidence).status is Status.FAILED
+    evidence.coded_checkpoint = {**evidence.coded_checkpoint, "norm.weight": stacked}
+    assert judged("weights.wrong_shape_refused", evidence).status is Status.PASSED
+    inside = change_misfit(evidence, 2, tensor="norm.weight", dimension=1)
+    assert judged("weights.wrong_shape_refused", inside).status is Status.FAILED
+
+
+# Loading, with no worker around it ---------------------------------------------------------------------------
+
+
+class Tiny(nn.Module):
+    """A matrix, a vector, a number, a stack, a scale and a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.empty(6, 4))
+        self.vector = nn.Parameter(torch.empty(2))
+        self.number = nn.Parameter(torch.empty(()))
+        self.stack = nn.Parameter(torch.empty(3, 4, 4))
+        self.register_buffer("scale", torch.ones(5))
+        self.register_buffer("table", torch.arange(3))
+
+
+def loading_of(model: nn.Module, load: Any = load_weights) -> tuple[weights_audit._Loading, dict[str, torch.Tensor]]:
+    """A model as the audit has it, loaded once; `load(model, weights)` is its loader."""
+    state = {name: torch.ones_like(tensor) for name, tensor in Tiny().state_dict().items()}
+    codes, first = {}, 1
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            codes[name] = CodedTensor(shape=tuple(tensor.shape), first_code=first)
+            first += tensor.numel()
+    loading = weights_audit._Loading(model, lambda change: load(model, change(iter(state.items()))), codes)
+    return loading, loading.held()
+
+
+def probed(model: nn.Module, load: Any = load_weights) -> LoadProbes:
+    loading, held = loading_of(model, load)
+    reloads = tuple(weights_audit._reload(loading, held))
+    assert not any(reload.refused or reload.different for reload in reloads), reloads
+    audit = replace(clean().weights[1][0], codes=held, reloads=reloads)  # type: ignore[index]
+    return weights_audit._probe(loading, audit, held)
+
+
+def taken(probes: LoadProbes) -> set[str]:
+    return {f"{misfit.tensor} {misfit.change}" for misfit in probes.misfits if misfit.refused is None}
+
+
+def test_genmodel_s_own_loader_refuses_all_that_does_not_fit() -> None:
+    probes = probed(Tiny())
+    assert taken(probes) == set()
+    assert {misfit.tensor for misfit in probes.misfits} == {"matrix", "vector", "number", "stack", "scale"}
+    changes = [misfit.change for misfit in probes.misfits if misfit.tensor == "matrix"]
+    sides = [
+        f"{what} along dimension {i}" for i in range(2) for what in ("one longer", "one shorter", "of one element")
+    ]
+    assert changes == [*sides, "transposed", "of integers"]
+    assert probes.integers == ()
+
+
+def copied(model: nn.Module, weights: Any) -> None:
+    state = model.state_dict()
+    for name, tensor in weights:
+        state[name].copy_(tensor)
+
+
+def test_what_copy_takes_is_a_conversion() -> None:
+    """It repeats and converts, and never cuts."""
+    probes = probed(Tiny(), copied)
+    assert {m.converts for m in probes.misfits if m.refused is None} == {True}
+    ones = {
+        f"{name} of one element along dimension {i}"
+        for name, dims in (("matrix", 2), ("stack", 3))
+        for i in range(dims)
+    }
+    ones |= {f"{name} of one element along dimension 0" for name in ("vector", "scale")}
+    assert taken(probes) == ones | {f"{n} of integers" for n in ("matrix", "vector", "number", "stack", "scale")}
+
+
+def test_a_loader_that_turns_a_transposed_matrix_has_understood() -> None:
+    def turned(model: nn.Module, weights: Any) -> None:
+        load_weights(model, ((n, t.T if tuple(t.shape) == (4, 6) else t) for n, t in weights))
+
+    def viewed(model: nn.Module, weights: Any) -> None:
+        load_weights(model, ((n, t.reshape(6, 4) if tuple(t.shape) == (4, 6) else t) for n, t in weights))
+
+    assert taken(probed(Tiny(), turned)) == set()
+    assert taken(probed(Tiny(), viewed)) == {"matrix transposed"}
+
+
+def test_buffers_and_tables_that_are_not_loaded_show() -> None:
+    def parameters_only(model: nn.Module, weights: Any) -> None:
+        names = dict(model.named_parameters())
+        load_weights(model, ((name, tensor) for name, tensor in weights if name in names))
+
+    _, held = loading_of(Tiny(), parameters_only)
+    assert held["scale"].tolist() == [UNLOADED] * 5
+    assert "table" not in held
+    assert probed(Tiny(), parameters_only).integers == ("table",)
+    assert loading_of(Tiny())[1]["scale"].min() > 0
+
+
+def test_a_loader_that_goes_by_the_order_of_arrival_shows() -> None:
+    def by_arrival(model: nn.Module, weights: Any) -> None:
+        """Swaps rows of the matrix if the vector came before it."""
+        pairs = dict(weights)
+        if list(pairs).index("vector") < list(pairs).index("matrix"):
+            pairs["matrix"] = pairs["matrix"].flip(0)
+        load_weights(model, pairs.items())
+
+    loading, held = loading_of(Tiny(), by_arrival)
+    found = {reload.order: reload.different for reload in weights_audit._reload(loading, held)}
+    assert (found["as before"], found["reversed"]) == ((), ("matrix",))
+
+
+def test_a_second_load_that_is_refused_ends_it() -> None:
+    seen: list[int] = []
+
+    def once(model: nn.Module, weights: Any) -> None:
+        seen.append(1)
+        if len(seen) > 1:
+            raise RuntimeError("packed already")
+        load_weights(model, weights)
+
+    loading, held = loading_of(Tiny(), once)
+    (reload,) = weights_audit._reload(loading, held)
+    assert reload.refused == "RuntimeError: packed already"
+
+
 def described(size: int, codes: dict[str, CodedTensor]) -> tuple[WeightAudit, ...]:
     """What the reference model's ranks hold, of groups larger than this machine has cores for."""
     coded = {name: coding.values(tensor) for name, tensor in codes.items()}
@@ -221,7 +471,7 @@ def four_ranks() -> Evidence:
 @pytest.mark.parametrize("check", [c for c in CHECKS if c.group != "gradients"], ids=lambda check: check.id)
 def test_four_ranks_with_two_kv_heads(check: catalogue.Check, four_ranks: Evidence) -> None:
     verdict = catalogue.judge(check, four_ranks)
-    probed = check.id in ("weights.unknown_refused", "weights.missing_refused")
+    probed = check.id.endswith("_refused") or check.id == "weights.any_order"
     assert verdict.status is (Status.NOT_APPLICABLE if probed else Status.PASSED), verdict
 
 
@@ -287,12 +537,20 @@ TARGETS = {
     "vLLM-style class": TargetOptions(spec="six_targets:StyledForVllm"),
     "one kv head": TargetOptions(spec=DENSE, config="mutants.weight_mutants:ONE_KV_HEAD"),
     "tied": TargetOptions(spec=DENSE, config="mutants.weight_mutants:TIED"),
+    "scalar parameters": TargetOptions(spec="correct_models.scalar_parameters:factory"),
+    "placed experts": TargetOptions(spec="correct_models.placed_experts:factory"),
+    "buffers": TargetOptions(spec="correct_models.buffers:factory", dtype="bfloat16"),
+    "more elements than float32 counts": TargetOptions(spec=DENSE, config="mutants.weight_mutants:LARGE"),
 }
 INAPPLICABLE = {
     "gpt": {"weights.tied"},
-    "native": {"gradients.parallel", "gradients.norm"},
+    "scalar parameters": {"weights.tied"},
+    "buffers": {"weights.tied"},
+    "native": {"gradients.parallel", "gradients.norm", "weights.conversion_refused"},
     "one kv head": set[str](),
 }
+ADVISED = {"placed experts": {"weights.conversion_refused"}}
+"""Recommended checks that are right to fail: `copy_` takes what is there."""
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +565,7 @@ def test_a_correct_model_raises_no_alarm(session: Session, name: str) -> None:
     evidence = session.collect(TARGETS[name], SCENARIOS)
     verdicts = [catalogue.judge(check, evidence) for check in CHECKS]
     broken = [v for v in verdicts if v.status not in (Status.PASSED, Status.NOT_APPLICABLE)]
-    assert not broken, broken
+    assert {v.check for v in broken} == ADVISED.get(name, set()), broken
     inapplicable = {v.check for v in verdicts if v.status is Status.NOT_APPLICABLE}
     assert inapplicable == INAPPLICABLE.get(name, set()) | (
         set() if name == "one kv head" else {"parallelism.kv_replication"}
@@ -363,7 +621,7 @@ def test_an_author_s_own_checkpoint_and_load_weights(session: Session, tmp_path:
     evidence = session.collect(options, SCENARIOS)
     verdicts = {check.id: catalogue.judge(check, evidence) for check in CHECKS}
     broken = [v for v in verdicts.values() if v.status not in (Status.PASSED, Status.NOT_APPLICABLE)]
-    assert not broken, broken
+    assert {v.check for v in broken} == {"weights.conversion_refused"}, broken  # `copy_` takes what is there
     followed = verdicts["weights.every_element"].measurements[-1]
     assert followed.measured == 7
     assert "layers.0.attn_norm.weight" in followed.detail

@@ -8,7 +8,7 @@ import torch
 
 from genmodel.conformance.access import every_audit, inspection, sizes, whole_model
 from genmodel.conformance.catalogue import check
-from genmodel.conformance.placement import Codes, distinct
+from genmodel.conformance.placement import Codes, counts, distinct
 from genmodel.conformance.verdict import Level, Measurement, NotApplicable, row, violations
 from genmodel.runners.evidence import CHANGED, AttentionInfo, Evidence, WeightAudit
 
@@ -54,13 +54,13 @@ def parameters_shrink(evidence: Evidence) -> Iterator[Measurement]:
         #3775
     """
     whole = whole_model(evidence)
-    full = _matrices(whole.codes)
+    full = _matrices(whole)
     if not full:
         raise NotApplicable("the model has no matrices")
     total = sum(tensor.numel() for tensor in full.values())
     for ranks in every_audit(evidence, smallest=2):
-        largest = max(ranks, key=lambda audit: sum(t.numel() for t in _matrices(audit.codes).values()))
-        held = _matrices(largest.codes)
+        largest = max(ranks, key=lambda audit: sum(t.numel() for t in _matrices(audit).values()))
+        held = _matrices(largest)
         unshared = sorted(
             (name for name, tensor in held.items() if name in full and tensor.shape == full[name].shape),
             key=lambda name: -held[name].numel(),
@@ -147,8 +147,9 @@ def _layers(audit: WeightAudit) -> dict[str, AttentionInfo]:
     return {layer.module: layer for layer in audit.attention if layer.module.rpartition(".")[0] not in names}
 
 
-def _matrices(codes: Codes) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in distinct(codes).items() if tensor.dim() > 1}
+def _matrices(audit: WeightAudit) -> dict[str, torch.Tensor]:
+    """Parameters of two dimensions and more; buffers are tables that every rank may need."""
+    return {n: tensor for n, tensor in distinct(audit.codes).items() if tensor.dim() > 1 and n not in audit.buffers}
 
 
 def _beside(module: str, codes: Codes) -> dict[str, torch.Tensor]:
@@ -200,18 +201,16 @@ def _same_places(ours: torch.Tensor, theirs: torch.Tensor) -> int:
 def _badly_spread(name: str, ranks: Collection[WeightAudit], whole: WeightAudit) -> Iterator[str]:
     parts = [(audit.rank, audit.codes[name]) for audit in ranks if name in audit.codes]
     codes = whole.codes[name]
-    wanted = codes[codes > 0].unique()
-    counts = torch.zeros(len(wanted), dtype=torch.int64)
     for rank, part in parts:
-        mine = part[part > 0]
-        counts += torch.isin(wanted, mine)
-        if len(mine) > len(mine.unique()):
+        if bool((counts([part], part) >= 0).sum() < (part > 0).sum()):
             yield f"{name} on rank {rank} holds some elements twice"
         if bool((part == CHANGED).any()) and not bool((codes == CHANGED).any()):
             yield f"{name} on rank {rank} is padded with values other than zero"
-    if bool((counts == 0).any()):
-        yield f"{name}: {int((counts == 0).sum()):,} elements are on no rank"
-    if bool((counts > 0).any()) and len(counts[counts > 0].unique()) > 1:
+    on = counts((part for _, part in parts), codes)
+    on = on[on >= 0]
+    if bool((on == 0).any()):
+        yield f"{name}: {int((on == 0).sum()):,} elements are on no rank"
+    if bool((on > 0).any()) and len(on[on > 0].unique()) > 1:
         yield f"{name}: some elements are on one rank, others on several"
-    elif bool(((counts > 1) & (counts < len(ranks))).any()):
+    elif bool(((on > 1) & (on < len(ranks))).any()):
         yield f"{name} is on several ranks, and not on all"

@@ -10,15 +10,16 @@ weights.local_order sees it too.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 
 import torch
 
 from genmodel.conformance.access import every_audit, inspection, whole_model
 from genmodel.conformance.catalogue import check
-from genmodel.conformance.placement import Checkpoint, Codes, distinct, homes, place
+from genmodel.conformance.placement import Checkpoint, Codes, Placement, counts, distinct, homes, place
 from genmodel.conformance.verdict import Level, Measurement, NotApplicable, row, violations
-from genmodel.runners.evidence import CHANGED, UNLOADED, Evidence, LoadProbes, WeightAudit
+from genmodel.runners.evidence import CHANGED, UNLOADED, Evidence, LoadProbes, Misfit, WeightAudit, kind
 
 
 @check(needs=("inspection", "weights"))
@@ -60,7 +61,8 @@ def every_element(evidence: Evidence) -> Iterator[Measurement]:
     Usual causes:
         Every rank loads shard 0, so that the other shards are nowhere; a head of its own is discarded
         because the model takes itself for tied; rows are cut off where a dimension does not divide; a
-        name is mapped to the wrong layer on some ranks.
+        name is mapped to the wrong layer on some ranks; persistent buffers, which a state dict has too, are
+        looked for among the parameters.
     How to fix:
         Cut by the rank: `loaded.narrow(dim, rank * size, size)`, with rank and size from the
         ParallelContext that the factory gets. If the checkpoint has tensors that the model rightly
@@ -90,6 +92,7 @@ def every_element(evidence: Evidence) -> Iterator[Measurement]:
         yield violations(
             "parameters with values that are in no checkpoint", list(_altered(ranks, whole, changed)), _row(ranks)
         )
+    yield violations("integer tensors that nothing in the model changes with", _integers(whole), row(1))
     if changed:
         yield Measurement(
             what="parameters whose values load_weights changes, so that they cannot be followed",
@@ -104,6 +107,10 @@ def every_element(evidence: Evidence) -> Iterator[Measurement]:
 def local_order(evidence: Evidence) -> Iterator[Measurement]:
     """A rank's part of a parameter is a slice of the whole: the same order, and a share of each matrix fused in it.
 
+    The order is that of rows and columns inside a matrix, and of unlike matrices fused in one parameter. Whole
+    matrices of one kind, such as experts, may be dealt out to ranks in any order: whether forward knows that
+    order codes cannot tell, and logits.tensor_parallel and gradients.parallel do.
+
     Usual causes:
         gate and up, or q, k and v, are concatenated first and then cut into equal blocks, so that one
         rank gets gate and the other up; rows are dealt out in turn where another layer takes blocks.
@@ -117,10 +124,13 @@ def local_order(evidence: Evidence) -> Iterator[Measurement]:
     checkpoint = Checkpoint(evidence.coded_checkpoint)
     whole = whole_model(evidence)
     for ranks in every_audit(evidence, smallest=2):
+        placed: dict[tuple[int, str], set[Placement]] = defaultdict(set)
+        for audit, name, part, home in _parts(ranks, whole):
+            placed[audit.rank, name.rpartition(".")[0]].update(checkpoint.placements(part, whole.codes[home]))
         scrambled = [
             f"{name} on rank {audit.rank}"
             for audit, name, part, home in _parts(ranks, whole)
-            if not place(part, whole.codes[home]).ordered
+            if checkpoint.out_of_order(part, whole.codes[home], placed[audit.rank, name.rpartition(".")[0]])
         ]
         yield violations("parameters in another order than at TP=1", scrambled, _row(ranks))
         yield violations(
@@ -155,6 +165,93 @@ def replicated(evidence: Evidence) -> Iterator[Measurement]:
             if not torch.equal(part, held[0][1])
         ]
         yield violations("replicated parameters that differ", different, _row(ranks))
+
+
+@check(needs=("weights",))
+def any_order(evidence: Evidence) -> Iterator[Measurement]:
+    """The same tensors in another order, as other files or a trainer hand them over, give the same model.
+
+    Usual causes:
+        The parts of a fused tensor are placed, or put together, in the order in which they arrive; a layer is
+        finished when the first tensor of the next one comes; loading counts layers instead of reading names.
+    How to fix:
+        Place each tensor by its name alone: `parameter.weight_loader(parameter, tensor, shard_id)` for the
+        parts of a fused one. What has to be put together first, keep by name until all of it is there.
+    Reports:
+        #3775 #42803
+    """
+    audits = [audit for found in evidence.weights.values() if isinstance(found, tuple) for audit in found]
+    first = [audit.reloads[0].refused for audit in audits if audit.reloads]
+    if trouble := next(filter(None, first), None):
+        raise NotApplicable(f"the model cannot be loaded twice: {trouble}")
+    if audits and not first:
+        raise NotApplicable("nothing was tried")
+    for ranks in every_audit(evidence):
+        wrong = [
+            f"{reload.order} on rank {audit.rank}: {reload.refused or _listed(reload.different)}"
+            for audit in ranks
+            for reload in audit.reloads
+            if reload.refused is not None or reload.different
+        ]
+        yield violations("orders that are refused, or give another model", wrong, _row(ranks))
+
+
+@check(needs=("inspection", "weights"))
+def wrong_shape_refused(evidence: Evidence) -> Iterator[Measurement]:
+    """A checkpoint tensor of another shape is refused, not cut to fit, filled in part or read in another order.
+
+    What a table has beyond the vocabulary may be left out, and so may whole matrices beyond those that a parameter
+    stacks, such as experts. A transposed square matrix has the right shape, so that no loader can know: what it
+    computes is for logits.* to judge.
+
+    Usual causes:
+        `loaded.narrow(0, rank * size, size)` fits any tensor that is long enough, `param[: len(loaded)] = loaded`
+        any that is short enough; `loaded.view(param.shape)` reads a transposed matrix in another order.
+    How to fix:
+            if loaded.shape != full_shape:
+                raise ValueError(f"{name} is {list(full_shape)} but the checkpoint holds {list(loaded.shape)}")
+
+        genmodel's layers and default load_weights do this. vLLM's own layers do not, and are not asked for it.
+    Reports:
+        #20843 SpecForge#284 vllm-gguf-plugin#103
+    """
+    whole = whole_model(evidence)
+    checkpoint = Checkpoint(evidence.coded_checkpoint)
+    found = inspection(evidence)
+    tables = {
+        tensor
+        for name in {*found.embed.reads, *found.logits.reads} & whole.codes.keys()
+        for tensor in checkpoint.parts(whole.codes[name])
+    }
+
+    def may_be_cut(misfit: Misfit) -> bool:
+        if misfit.dimension is None:
+            return False
+        shape = checkpoint.tensors[misfit.tensor].shape
+        beyond = misfit.tensor in tables and shape[misfit.dimension] >= found.vocab_size
+        return beyond or misfit.dimension < len(shape) - 2
+
+    yield from _taken(evidence, [m for m in _tried(evidence) if not m.converts and not may_be_cut(m)])
+
+
+@check(needs=("inspection", "weights"), level=Level.RECOMMENDED)
+def conversion_refused(evidence: Evidence) -> Iterator[Measurement]:
+    """A checkpoint tensor that `copy_` would convert is refused: integers, or one element where there are several.
+
+    Usual causes:
+        `param.data.copy_(loaded)` takes whatever can be made to fit: a quantised checkpoint, whose integers mean
+        nothing without their scales, loads as if it were a plain one, and one number fills a whole norm.
+    How to fix:
+            if loaded.shape != full_shape or loaded.is_floating_point() != param.is_floating_point():
+                raise ValueError(f"{name} is {param.dtype} {list(full_shape)}, the checkpoint holds {loaded.dtype}")
+
+        genmodel's layers and default load_weights do this.
+    Reports:
+        #10327
+    """
+    if inspection(evidence).native:
+        raise NotApplicable("vLLM's own loaders convert integers")
+    yield from _taken(evidence, [m for m in _tried(evidence) if m.converts])
 
 
 @check(needs=("weights",), level=Level.RECOMMENDED)
@@ -272,19 +369,21 @@ def _altered(ranks: Collection[WeightAudit], whole: WeightAudit, changed: Collec
 
 
 def _one_sided(checkpoint: Checkpoint, ranks: Collection[WeightAudit], whole: WeightAudit) -> Iterator[str]:
-    """Parameters that join tensors of the checkpoint, on ranks that have nothing of one of these.
+    """Parameters that join tensors of the checkpoint, on ranks that have nothing of one kind of these.
 
-    Tensors stacked along a dimension of their own, such as experts, may well be dealt out whole.
+    Tensors of one kind, and those stacked along a dimension of their own, such as experts, may well be dealt out whole.
     """
     size = len(ranks)
     for audit, name, part, home in _parts(ranks, whole):
-        joined = [
-            tensor
+        joined = {
+            kind(tensor): tensor
             for tensor in checkpoint.parts(whole.codes[home])
-            if len(checkpoint.tensors[tensor].shape) == part.dim() and checkpoint.tensors[tensor].shape[0] >= size
-        ]
-        if len(joined) > 1 and (lacking := sorted(set(joined) - set(checkpoint.parts(part)))):
-            yield f"{name} on rank {audit.rank} has nothing of {', '.join(lacking)}"
+            if len(shape := checkpoint.tensors[tensor].shape) == part.dim() and shape and shape[0] >= size
+        }
+        if len(joined) > 1:
+            held = {kind(tensor) for tensor in checkpoint.parts(part)}
+            if lacking := sorted(joined[other] for other in joined.keys() - held):
+                yield f"{name} on rank {audit.rank} has nothing of {', '.join(lacking)}"
 
 
 def _probes(evidence: Evidence) -> LoadProbes:
@@ -294,6 +393,40 @@ def _probes(evidence: Evidence) -> LoadProbes:
         reason = "nothing was tried" if found is None else f"the model cannot be loaded twice: {found.unrepeatable}"
         raise NotApplicable(reason)
     return found
+
+
+def _tried(evidence: Evidence) -> tuple[Misfit, ...]:
+    """What loading made of checkpoints with a tensor that does not fit."""
+    found = _probes(evidence)
+    if found.misfits:
+        return found.misfits
+    own = found.omissions and all(omission.exempt for omission in found.omissions)
+    raise NotApplicable(
+        "all weights are in vLLM's own layers, which load what they are given" if own else "nothing was tried"
+    )
+
+
+def _taken(evidence: Evidence, tried: Collection[Misfit]) -> Iterator[Measurement]:
+    taken: dict[str, list[str]] = defaultdict(list)
+    for misfit in tried:
+        if misfit.refused is None:
+            taken[misfit.tensor].append(misfit.change)
+    yield violations(
+        "kinds of tensors that are taken although they do not fit",
+        [f"{name} {', '.join(changes)}" for name, changes in taken.items()],
+        row(1),
+    )
+    if untried := _probes(evidence).untried:
+        yield Measurement(
+            what="kinds of tensors that were not tried, for there are too many",
+            where=row(1),
+            measured=untried,
+            allowed=len(evidence.coded_checkpoint),
+        )
+
+
+def _integers(whole: WeightAudit) -> tuple[str, ...]:
+    return () if whole.probes is None else whole.probes.integers
 
 
 def _vocabulary(names: Collection[str], codes: Codes, vocab_size: int) -> list[str]:
@@ -315,8 +448,8 @@ def _has_own_head(evidence: Evidence, whole: WeightAudit, inputs: Collection[str
 
 def _alike(embedding: torch.Tensor, head: torch.Tensor, *, whole: bool) -> bool:
     """Whether both hold the same elements; if not `whole`, whether they share any."""
-    ours, theirs = (tensor[tensor > 0].unique() for tensor in (embedding, head))
-    return torch.equal(ours, theirs) if whole else bool(torch.isin(ours, theirs).any())
+    ours, theirs = counts([head], embedding), counts([embedding], head)
+    return bool((ours != 0).all()) and bool((theirs != 0).all()) if whole else bool((ours > 0).any())
 
 
 def _some_of(where: torch.Tensor) -> str:

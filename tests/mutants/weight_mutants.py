@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed.nn.functional as differentiable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from correct_models import buffers, placed_experts
 from genmodel.modeling.attention import TrainableAttention
 from genmodel.modeling.collectives import copy_to_group, gather_from_group, reduce_from_group
 from genmodel.modeling.layers import ColumnParallelLinear
@@ -22,6 +24,8 @@ from mutants.dense_mutants import MUTANTS, Mutant, _context, mutant
 
 TIED = TINY_CONFIG | {"tie_word_embeddings": True}
 ONE_KV_HEAD = TINY_CONFIG | {"num_key_value_heads": 1}
+LARGE = TINY_CONFIG | {"vocab_size": 36011}
+"""Nearly ten million elements, more than float32 can tell apart."""
 BOTH = (1, 2)
 
 
@@ -34,6 +38,25 @@ def head_s_shard_0_on_every_rank(model: Any) -> None:
 
     def load(parameter: Tensor, full: Tensor) -> None:
         parameter.data.copy_(full[: len(parameter)])
+
+    model.lm_head.weight.weight_loader = load
+
+
+@mutant(
+    caught_by="weights.local_order",
+    reports="",
+    tp=BOTH,
+    alone=True,
+    at="lm_head",
+    config="mutants.weight_mutants:LARGE",
+)
+def two_rows_swapped_in_a_large_head(model: Any) -> None:
+    """The last two rows of the last rank, in a checkpoint of more elements than float32 can tell apart."""
+    loader = model.lm_head.weight.weight_loader
+    last = _context(model).get_tensor_parallel_rank() == 1
+
+    def load(parameter: Tensor, full: Tensor) -> None:
+        loader(parameter, torch.cat([full[:-2], full[[-1, -2]]]) if last else full)
 
     model.lm_head.weight.weight_loader = load
 
@@ -118,6 +141,114 @@ def head_tied_against_the_config(model: Any) -> None:
     """The checkpoint has a head of its own, and it is skipped."""
     model.lm_head.tie_weights(model.embed_tokens)
     _load_leniently(model, skip=lambda name: name.startswith("lm_head"))
+
+
+@mutant(caught_by="weights.all_loaded", reports="", of=buffers, alone=True)
+def buffers_looked_for_among_parameters(model: Any) -> None:
+    """`dict(model.named_parameters())` has no buffers: what training made of them is skipped."""
+    _load_leniently(model, skip=lambda name: name == "tokens")
+
+
+@mutant(caught_by="weights.every_element", reports="", of=buffers, alone=True)
+def table_of_integers_not_loaded(model: Any) -> None:
+    """It happens to be what the constructor makes of it."""
+    model.load_weights = lambda weights: load_weights(model, (pair for pair in weights if pair[0] != "tokens"))
+
+
+@mutant(caught_by="weights.any_order", reports="", reference="apart")
+def gate_and_up_placed_as_they_arrive(model: Any) -> None:
+    """The checkpoint's file has gate before up, and so the first of the two is taken for gate."""
+    parameters: dict[str, Any] = dict(model.named_parameters())
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        arrived: Counter[str] = Counter()
+        for name, tensor in weights:
+            own = name.replace(".gate.", ".gate_up.").replace(".up.", ".gate_up.")
+            if own == name:
+                _load_one(parameters[name], tensor)
+            else:
+                parameters[own].weight_loader(parameters[own], tensor, arrived[own])
+            arrived[own] += 1
+        return set(arrived)
+
+    model.load_weights = load
+
+
+@mutant(caught_by="weights.any_order", reports="", reference="apart")
+def one_gate_kept_until_an_up_comes(model: Any) -> None:
+    """Whose it is nobody asks: the layers of one file follow each other, and those of several files need not."""
+
+    def joined(weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        gate: Any = None
+        for name, tensor in weights:
+            if ".gate." in name:
+                gate = tensor
+            elif ".up." in name:
+                yield name.replace(".up.", ".gate_up."), torch.cat([gate, tensor])
+            else:
+                yield name, tensor
+
+    model.load_weights = lambda weights: load_weights(model, joined(weights))
+
+
+@mutant(caught_by="weights.wrong_shape_refused", reports="", tp=BOTH, alone=True)
+def columns_cut_to_fit(model: Any) -> None:
+    """`narrow` takes the columns that it wants from whatever is long enough."""
+    rank = _context(model).get_tensor_parallel_rank()
+    for layer in model.layers:
+
+        def load(parameter: Tensor, full: Tensor) -> None:
+            columns = parameter.shape[1]
+            parameter.data.copy_(full.narrow(1, rank * columns, columns))
+
+        layer.mlp.down.weight.weight_loader = load
+
+
+@mutant(caught_by="weights.conversion_refused", reports="", alone=True)
+def norm_repeated_to_fit(model: Any) -> None:
+    """`copy_` repeats a norm of one element."""
+    model.norm.weight.weight_loader = lambda parameter, full: parameter.data.copy_(full)
+
+
+@mutant(caught_by="weights.wrong_shape_refused", reports="", alone=True)
+def matrix_read_in_another_order(model: Any) -> None:
+    """`view` takes a transposed matrix for the right one."""
+    for layer in model.layers:
+        layer.mlp.down.weight.weight_loader = lambda parameter, full: parameter.data.copy_(full.view(parameter.shape))
+
+
+@mutant(caught_by="weights.conversion_refused", reports="", alone=True)
+def integers_taken_for_weights(model: Any) -> None:
+    """What a quantised checkpoint holds is converted and its scales are nowhere."""
+    weight = model.norm.weight
+
+    def load(parameter: Tensor, full: Tensor) -> None:
+        if full.shape != parameter.shape:
+            raise ValueError("another shape")
+        parameter.data.copy_(full)
+
+    weight.weight_loader = load
+
+
+@mutant(caught_by="logits.values", reports="", at="layers.0.attn.o_proj")
+def square_matrix_transposed(model: Any) -> None:
+    """Its shape fits, so that no loader can know; what it computes shows."""
+
+    def turned(weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            yield name, tensor.T if name.endswith("attn.o_proj.weight") else tensor
+
+    model.load_weights = lambda weights: load_weights(model, turned(weights))
+
+
+@mutant(caught_by="logits.tensor_parallel", reports="", tp=BOTH, of=placed_experts, alone=True)
+def experts_placed_where_forward_does_not_know(model: Any) -> None:
+    """Experts are dealt to the ranks by a placement, and the router's weights are taken in the plain order."""
+    context = _context(model)
+    for layer in model.layers:
+        share = len(layer.mlp.experts.mine)
+        start = context.get_tensor_parallel_rank() * share
+        layer.mlp.experts.mine = list(range(start, start + share))
 
 
 # Sharing ---------------------------------------------------------------------------------------------------

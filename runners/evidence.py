@@ -310,6 +310,55 @@ class Packing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Derivative:
+    """Directional derivative of a loss along one direction through several parameters, in float64."""
+
+    analytic: float
+    numeric: float
+    noise: float
+    """As in ParameterGradient."""
+    parameters: int
+    """How many take part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingMode:
+    """Derivatives of one and the same pass in training mode, with its dropout masks held fixed, in float64."""
+
+    reason: str = ""
+    """Why there are none; else empty."""
+    derivatives: tuple[Derivative, ...] = ()
+    """Along directions that every trainable parameter takes part in."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of its sequences."""
+    loss: float = 0.0
+    recording_difference: float = 0.0
+    """|loss while autograd records - loss under no_grad|."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedGradient:
+    """Gradient of one parameter in low precision against that in float64, as norms."""
+
+    norm: float
+    """Of the float64 gradient."""
+    error: float | None
+    """Of the difference; None if backward left no gradient in low precision, or zeros only."""
+    noise: float
+    """Of what rounding each operation of the float64 model to bfloat16 changes: root mean square of a few draws."""
+    elements: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowPrecision:
+    """Gradients in bfloat16 or under autocast, of weights that bfloat16 has, with the choices made in float64."""
+
+    reason: str = ""
+    """Why there are none; else empty."""
+    parameters: dict[str, RoundedGradient] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gradients:
     """Evidence of training the model standalone, as its own PyTorch code, at TP=1 in float64."""
 
@@ -331,13 +380,23 @@ class Gradients:
     """Largest |hidden| of the evaluation run, for relative statements."""
     declares_dropout: bool
     train_eval_difference: float
-    """Largest |hidden(train) - hidden(eval)|."""
+    """Largest |hidden(train) - hidden(eval)|, or difference of logits; so are the next two."""
     train_train_difference: float
     """The same between two training-mode runs under different seeds."""
     eval_eval_difference: float
     """The same between two evaluation-mode runs under different seeds."""
     losses: tuple[float, ...]
     """Loss before each optimiser step on one batch, and after the last."""
+    lengths: tuple[int, ...] = (17, 9)
+    """Tokens of the training sequences."""
+    unjudged_attention_inputs: dict[str, str] = field(default_factory=dict)
+    """Why no gradient has to arrive, by name such as "k of layers.0.attn"."""
+    undropped_difference: float | None = None
+    """Largest |hidden(train) - hidden(eval)| with torch's dropout turned off; None if training stays random."""
+    modes: dict[str, TrainingMode] = field(default_factory=dict)
+    """By name: "training" of single sequences, "batch" of [batch, tokens]."""
+    low_precision: dict[str, LowPrecision] = field(default_factory=dict)
+    """By name: "bfloat16" and "autocast"."""
 
 
 MOST_DIGITS = 2

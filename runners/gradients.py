@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,21 @@ from torch import nn
 
 from genmodel.modeling.attention import TrainableAttention, packed_sequences
 from genmodel.modeling.wrapper import accepts
-from genmodel.runners import coding
-from genmodel.runners.evidence import Gradients, Packing, ParameterGradient
+from genmodel.runners import coding, derivatives, low_precision, training_modes
+from genmodel.runners.evidence import Gradients, Packing, ParameterGradient, TrainingMode
 from genmodel.runners.standalone import Standalone
 from genmodel.runners.workload import edge_tokens
 
-LENGTHS = (17, 9)
-"""Tokens of the two training sequences."""
+LENGTHS = (41, 9)
+"""Tokens of the two training sequences: one of them longer than a block of the KV cache and than many a window."""
+SHORTER = (17, 9)
+"""Tokens of the first one for models that take fewer positions."""
+LONGEST = 521
+"""Most tokens of a sequence that is made longer than a window."""
+BATCHED = 1e-5
+"""Relative difference between a row in a batch and alone, which models that compute parts in float32 stay below."""
 STEPS = 6
 LEARNING_RATE = 1e-3
-STEPS_OF_DIFFERENCES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Lengths of the steps along a direction of length one."""
 
 
 def measure(built: Standalone, seed: int) -> Gradients:
@@ -32,22 +36,18 @@ def measure(built: Standalone, seed: int) -> Gradients:
     model = built.model
     generator = torch.Generator().manual_seed(seed)
     batch = training_batch(built, generator)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
 
     model.eval()
-    model.zero_grad(set_to_none=True)
     with _attention_inputs(model) as inputs:
-        loss = training_loss(built, batch)
-        if loss.requires_grad:
-            loss.backward()
-    value = float(loss.detach())
-    gradients = {name: None if p.grad is None else coding.local(p.grad).clone() for name, p in trainable.items()}
+        value, gradients = training_modes.gradients_of(lambda: training_loss(built, batch), trainable)
     reached = {name: _norms(captured) for name, captured in inputs.items()}
-    model.zero_grad(set_to_none=True)
+    unjudged = _unjudged(built, batch, trainable.values(), reached)
 
-    future, past = _causality(built, batch[0][:10])
+    future, past = _causality(built, batch[0])
     packing, reason = _packing(built, batch)
     modes = _modes(built, batch[0])
+    deterministic = modes["undropped"] is not None
     return Gradients(
         loss=value,
         parameters={
@@ -66,26 +66,59 @@ def measure(built: Standalone, seed: int) -> Gradients:
         train_train_difference=modes["train_train"],
         eval_eval_difference=modes["eval_eval"],
         losses=_optimise(built, batch),
+        lengths=tuple(map(len, batch)),
+        unjudged_attention_inputs=unjudged,
+        undropped_difference=modes["undropped"],
+        modes=_training(built, batch, trainable, generator),
+        low_precision=low_precision.measure(
+            model, lambda: training_loss(built, batch[:1]), trainable, training=deterministic
+        ),
     )
 
 
 def training_batch(built: Standalone, generator: torch.Generator) -> list[torch.Tensor]:
-    """Random token sequences [T] of the LENGTHS, the same for the same seed and vocabulary.
+    """Random token sequences [T] of the LENGTHS, or shorter; the same for the same seed, vocabulary and positions."""
+    longest, vocab = _taken(built, (LENGTHS[0], *SHORTER))
+    return [_tokens(vocab, length, generator) for length in (longest, *LENGTHS[1:])]
 
-    None begins with a token whose embedding is next to nothing (`checkpoint.SMALL_ROWS`): with nothing else to attend
-    to, the loss is too steep there for differences.
+
+def _tokens(vocab: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Random token ids [T].
+
+    None of them has an embedding that is next to nothing (`checkpoint.SMALL_ROWS`): the loss is too steep there for
+    differences.
     """
-    vocab = built.logits(torch.tensor([0])).shape[-1]
-    batch = [torch.randint(vocab, (length,), generator=generator) for length in LENGTHS]
-    for tokens in batch:
-        if int(tokens[0]) in edge_tokens(vocab):
-            tokens[0] = vocab // 3
-    return batch
+    tokens = torch.randint(vocab, (length,), generator=generator)
+    edges = torch.tensor(edge_tokens(vocab), dtype=tokens.dtype)
+    return torch.where(torch.isin(tokens, edges), vocab // 3, tokens)
 
 
-def training_loss(built: Standalone, batch: list[torch.Tensor]) -> torch.Tensor:
-    """Mean next-token cross-entropy over the batch's sequences, each run on its own."""
-    return torch.stack([F.cross_entropy(built.logits(tokens[:-1]), tokens[1:]) for tokens in batch]).mean()
+@torch.no_grad()
+def _taken(built: Standalone, lengths: Sequence[int]) -> tuple[int, int]:
+    """The first of these lengths that the model takes, in tokens, and the size of its vocabulary."""
+    for length in lengths[:-1]:
+        with contextlib.suppress(Exception):  # of the last one, whatever is raised is the author's to see
+            return length, built.logits(torch.zeros(length, dtype=torch.long)).shape[-1]
+    return lengths[-1], built.logits(torch.zeros(lengths[-1], dtype=torch.long)).shape[-1]
+
+
+def training_loss(
+    built: Standalone, batch: Sequence[torch.Tensor], begin: Callable[[], None] = lambda: None
+) -> torch.Tensor:
+    """Mean next-token cross-entropy over the batch's sequences, in float32 at least.
+
+    Each is run on its own, after a call of `begin`.
+    """
+
+    def one(tokens: torch.Tensor) -> torch.Tensor:
+        begin()
+        return _cross_entropy(built.logits(tokens[:-1]), tokens[1:])
+
+    return torch.stack([one(tokens) for tokens in batch]).mean()
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
 
 @contextlib.contextmanager
@@ -122,6 +155,74 @@ def _norms(captured: list[torch.Tensor]) -> tuple[float, float, float]:
 
 
 @torch.no_grad()
+def _unjudged(
+    built: Standalone,
+    batch: list[torch.Tensor],
+    trainable: Collection[nn.Parameter],
+    reached: Mapping[str, tuple[float, float, float]],
+) -> dict[str, str]:
+    """Why none has to arrive where no gradient did: {"k of attn": reason}, of those for which there is a reason."""
+    missing = [
+        (module, name) for module, norms in reached.items() for name, norm in zip("qkv", norms, strict=True) if not norm
+    ]
+    if not missing:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+
+    def run() -> tuple[float, dict[str, list[torch.Tensor]]]:
+        with _attention_inputs(built.model) as captured:
+            return float(training_loss(built, batch)), captured
+
+    loss, before = run()
+    originals = [coding.local(p).clone() for p in trainable]
+    for parameter, original in zip(trainable, originals, strict=True):
+        noise = torch.randn(original.shape, generator=generator, dtype=torch.float64)
+        coding.local(parameter).add_(0.01 * _scale(original) * noise)
+    _, after = run()
+    for parameter, original in zip(trainable, originals, strict=True):
+        coding.local(parameter).copy_(original)
+    found = {}
+    for module, name in missing:
+        part = "qkv".index(name)
+        if all(map(torch.equal, before[module][part::3], after[module][part::3])):
+            found[f"{name} of {module}"] = "is a constant"
+            continue
+        with _shifted(built.model.get_submodule(module), name, generator):
+            moved = abs(float(training_loss(built, batch)) - loss)
+        if moved <= training_modes.SAME * max(1.0, abs(loss)):
+            found[f"{name} of {module}"] = "does not change the loss"
+    return found
+
+
+@contextlib.contextmanager
+def _shifted(attention: nn.Module, name: str, generator: torch.Generator) -> Iterator[None]:
+    """Add a random part of its own size to what an attention layer is given as q, k or v."""
+
+    def moved(value: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+        return value + 0.01 * _scale(value) * noise
+
+    def shift(
+        _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if name in keywords:
+            return arguments, keywords | {name: moved(keywords[name])}
+        part = "qkv".index(name)
+        return (*arguments[:part], moved(arguments[part]), *arguments[part + 1 :]), keywords
+
+    handle = attention.register_forward_pre_hook(shift, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _scale(values: torch.Tensor) -> float:
+    """Root mean square, and 1 for zeros."""
+    return float(values.square().mean().sqrt()) or 1.0
+
+
+@torch.no_grad()
 def _directional(
     built: Standalone,
     batch: list[torch.Tensor],
@@ -130,44 +231,25 @@ def _directional(
     loss: float,
     generator: torch.Generator,
 ) -> ParameterGradient:
-    """Analytic against numeric derivative along one direction.
-
-    The direction is half random, half the gradient's own, so that the derivative is neither lost in
-    rounding nor blind to what the gradient misses. Central differences D at h, 2h and 4h tell their own
-    error: they agree where the loss is smooth and exact enough, and not where rounding dominates (a
-    model that computes parts of itself in float32 needs wide steps) or a kink is near (relu needs
-    narrow ones). The step whose three agree best is used, with Richardson's (4 D(h) - D(2h)) / 3.
-    """
-    finite = gradient is None or bool(torch.isfinite(gradient).all())
-    direction = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    direction /= direction.norm()
-    norm = None if gradient is None else float(gradient.norm())
-    if gradient is not None and finite and norm:
-        direction += gradient / norm
-        direction /= direction.norm()
-    analytic = float((gradient * direction).sum()) if gradient is not None and finite else 0.0
+    """Analytic against numeric derivative along one direction."""
     values = coding.local(parameter)
+    finite = gradient is None or bool(torch.isfinite(gradient).all())
+    along = derivatives.direction(values.shape, (gradient,) if finite else (), generator)
     original = values.clone()
 
     def at(step: float) -> float:
-        values.copy_(original + step * direction)
+        values.copy_(original + step * along)
         return float(training_loss(built, batch))
 
-    def central(step: float) -> float:
-        return (at(step) - at(-step)) / (2 * step)
-
-    best = (float("nan"), float("inf"))
-    for h in STEPS_OF_DIFFERENCES:
-        narrow, middle, wide = central(h), central(2 * h), central(4 * h)
-        numeric = (4 * narrow - middle) / 3
-        rounding = 8 * torch.finfo(torch.float64).eps * max(1.0, abs(loss)) / h
-        noise = max(abs(narrow - middle), abs(middle - wide)) + rounding
-        if noise < best[1]:
-            best = (numeric, noise)
-        if noise < 1e-6 * abs(numeric):
-            break
+    numeric, noise = derivatives.by_differences(at, loss)
     values.copy_(original)
-    return ParameterGradient(norm=norm, finite=finite, analytic=analytic, numeric=best[0], noise=best[1])
+    return ParameterGradient(
+        norm=None if gradient is None else float(gradient.norm()),
+        finite=finite,
+        analytic=float((gradient * along).sum()) if gradient is not None and finite else 0.0,
+        numeric=numeric,
+        noise=noise,
+    )
 
 
 @contextlib.contextmanager
@@ -192,21 +274,26 @@ def _tapped_embedding() -> Iterator[list[torch.Tensor]]:
 
 
 def _causality(built: Standalone, tokens: torch.Tensor) -> tuple[float | None, float | None]:
-    """(largest |d hidden[t] / d embedding[s]| over s > t, the same over s < t)."""
+    """(largest |d hidden[t] / d embedding[s]| over s > t, the same over s < t), at some t."""
     with _tapped_embedding() as taps:
         hidden = built.hidden(tokens)
     if not taps or not hidden.requires_grad:
         return None, None
     weights = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(1), dtype=hidden.dtype)
     future = past = 0.0
-    for t in range(len(tokens)):
-        (gradient,) = torch.autograd.grad((hidden[t] * weights).sum(), taps[0], retain_graph=True, allow_unused=True)
-        if gradient is None:
-            continue
-        per_position = gradient.abs().amax(-1)
+    for t in sorted({*range(5), *range(5, len(tokens), 9), len(tokens) - 1}):
+        per_position = _reached((hidden[t] * weights).sum(), taps[0]).abs().amax(-1)
         future = max(future, float(per_position[t + 1 :].max()) if t + 1 < len(tokens) else 0.0)
         past = max(past, float(per_position[:t].max()) if t else 0.0)
+    built.model.zero_grad(set_to_none=True)
     return future, past
+
+
+def _reached(value: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
+    """Gradient of a value by the tap, or zeros; by `backward`, for reentrant checkpointing refuses `autograd.grad`."""
+    value.backward(retain_graph=True)
+    found, tap.grad = tap.grad, None
+    return torch.zeros_like(tap) if found is None else found
 
 
 def _packing(built: Standalone, batch: list[torch.Tensor]) -> tuple[Packing | None, str]:
@@ -227,21 +314,21 @@ def _packing(built: Standalone, batch: list[torch.Tensor]) -> tuple[Packing | No
             None,
             "the model cannot be told of packed sequences: no TrainableAttention, no forward(cu_seqlens=...)",
         )
-    with context, _tapped_embedding() as taps:
-        packed = model(input_ids=tokens, positions=positions, **extra)
-    cut = len(first)
+    leak = 0.0
+    with context:  # backward too, for checkpointing computes activations there once more
+        with _tapped_embedding() as taps:
+            packed = model(input_ids=tokens, positions=positions, **extra)
+        if not taps or not packed.requires_grad:
+            return None, "no embedding could be tapped, or its gradient is cut"
+        cut = len(first)
+        for mine, other in ((slice(0, cut), slice(cut, None)), (slice(cut, None), slice(0, cut))):
+            leak = max(leak, float(_reached(packed[mine].square().sum(), taps[0])[other].abs().max()))
+    model.zero_grad(set_to_none=True)
     with torch.no_grad():
         difference = max(
             float((packed[:cut] - built.hidden(first)).abs().max()),
             float((packed[cut:] - built.hidden(second)).abs().max()),
         )
-    if not taps or not packed.requires_grad:
-        return None, "no embedding could be tapped, or its gradient is cut"
-    leak = 0.0
-    for mine, other in ((slice(0, cut), slice(cut, None)), (slice(cut, None), slice(0, cut))):
-        (gradient,) = torch.autograd.grad(packed[mine].square().sum(), taps[0], retain_graph=True, allow_unused=True)
-        if gradient is not None:
-            leak = max(leak, float(gradient[other].abs().max()))
     return Packing(difference=difference, leak=leak), ""
 
 
@@ -254,22 +341,107 @@ def _declares_dropout(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _modes(built: Standalone, tokens: torch.Tensor) -> dict[str, float]:
-    """How far training mode is from evaluation mode, and each from itself under another seed."""
+def _modes(built: Standalone, tokens: torch.Tensor) -> dict[str, Any]:
+    """How far training mode is from evaluation mode, and each from itself under other seeds, in states or logits."""
+    model: Any = built.model
 
-    def hidden(training: bool, seed: int) -> torch.Tensor:
-        built.model.train(training)
-        torch.manual_seed(seed)
-        return built.hidden(tokens)
+    def run(training: bool, seed: int) -> torch.Tensor:
+        begin(training, seed)
+        states = built.hidden(tokens)
+        return torch.cat([states.flatten(), model.compute_logits(states).flatten()])
 
-    runs = [hidden(False, 0), hidden(False, 1), hidden(True, 0), hidden(True, 1)]
-    built.model.eval()
-    return {
-        "scale": float(runs[0].abs().max()),
-        "eval_eval": float((runs[0] - runs[1]).abs().max()),
-        "train_eval": float((runs[2] - runs[0]).abs().max()),
-        "train_train": float((runs[2] - runs[3]).abs().max()),
-    }
+    def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one - other).abs().max())
+
+    with training_modes.passes(model) as begin:
+        evaluated = run(False, 0)
+        # Several, for what is skipped at random may be the same twice.
+        trained = [run(True, seed) for seed in range(4)]
+        begin(False, 0)
+        scale = float(built.hidden(tokens).abs().max())
+        with training_modes.NoDropout():
+            undropped = run(True, 0)
+            repeats = difference(undropped, run(True, 1)) <= training_modes.SAME * scale
+        return {
+            "scale": scale,
+            "eval_eval": difference(evaluated, run(False, 1)),
+            "train_eval": max(difference(one, evaluated) for one in trained),
+            "train_train": max(difference(one, trained[0]) for one in trained),
+            "undropped": difference(undropped, evaluated) if repeats else None,
+        }
+
+
+def _training(
+    built: Standalone,
+    batch: list[torch.Tensor],
+    trainable: Mapping[str, nn.Parameter],
+    generator: torch.Generator,
+) -> dict[str, TrainingMode]:
+    """Derivatives in training mode, of sequences one by one and as [batch, tokens]."""
+    sequences = [*batch, *_beyond_windows(built, batch, generator)]
+    rows = torch.stack([batch[0], _tokens(_taken(built, (1,))[1], len(batch[0]), generator)])
+    with training_modes.passes(built.model) as begin:
+
+        def trained(loss: Callable[[], torch.Tensor], plain: list[torch.Tensor]) -> TrainingMode:
+            begin(False, 0)
+            _, guides = training_modes.gradients_of(lambda: training_loss(built, plain), trainable)
+            return training_modes.measure(loss, trainable, guides, tuple(map(len, plain)), generator)
+
+        def train() -> None:
+            begin(True, 0)
+
+        begin(False, 0)
+        refusal = _refuses_batch(built, rows)
+        return {
+            "training": trained(lambda: training_loss(built, sequences, train), sequences),
+            "batch": TrainingMode(reason=refusal)
+            if refusal
+            else trained(lambda: _batch_loss(built, rows, train), list(rows)),
+        }
+
+
+def _beyond_windows(built: Standalone, batch: list[torch.Tensor], generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """A sequence [T] longer than every window of the model that is not too long, unless the batch has one."""
+    windows = [
+        getattr(holder, "sliding_window", None)
+        for holder in (*built.model.modules(), built.vllm_config.model_config.hf_config)
+    ]
+    wanted = [w + 9 for w in windows if isinstance(w, int) and len(batch[0]) <= w <= LONGEST - 9]
+    if wanted:
+        length, vocab = _taken(built, (max(wanted), len(batch[0])))
+        yield _tokens(vocab, length, generator)
+
+
+def _batched(built: Standalone, rows: torch.Tensor) -> torch.Tensor:
+    """Hidden states of token ids [B, T], in one pass."""
+    positions = torch.arange(rows.shape[1]).expand_as(rows).contiguous()
+    states: torch.Tensor = built.model(input_ids=rows, positions=positions)
+    return states
+
+
+def _batch_loss(built: Standalone, rows: torch.Tensor, begin: Callable[[], None]) -> torch.Tensor:
+    """`training_loss` of the rows [B, T] in one pass."""
+    model: Any = built.model
+    begin()
+    logits = model.compute_logits(_batched(built, rows[:, :-1]).flatten(0, 1))
+    return _cross_entropy(logits, rows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def _refuses_batch(built: Standalone, rows: torch.Tensor) -> str:
+    """Why the model cannot be given [B, T]; empty if it can."""
+    alone = torch.stack([built.hidden(row) for row in rows])
+    given = f"forward(input_ids={list(rows.shape)}, positions={list(rows.shape)})"
+    try:
+        together = _batched(built, rows)
+    except Exception as error:  # noqa: BLE001 - vLLM passes flattened tokens only, and a model may take nothing else
+        return f"{given} raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if together.shape != alone.shape:
+        return f"{given} gives {list(together.shape)}: the model takes flattened tokens only"
+    difference, scale = float((together - alone).abs().max()), float(alone.abs().max())
+    if not difference <= BATCHED * scale:
+        return f"{given} is not its rows alone (off by {difference:.3g}): the model takes flattened tokens only"
+    return ""
 
 
 def _optimise(built: Standalone, batch: list[torch.Tensor]) -> tuple[float, ...]:

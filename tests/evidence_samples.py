@@ -16,9 +16,11 @@ from genmodel.conformance.alignment import Phase
 from genmodel.runners.evidence import (
     AttentionInfo,
     Continuation,
+    Derivative,
     Evidence,
     Gradients,
     Inspection,
+    LowPrecision,
     Packing,
     ParameterGradient,
     ParameterInfo,
@@ -27,9 +29,11 @@ from genmodel.runners.evidence import (
     Proof,
     ReferenceRun,
     Request,
+    RoundedGradient,
     Scores,
     TargetInfo,
     Trace,
+    TrainingMode,
 )
 from genmodel.runners.scenarios import DEPLOYMENTS
 
@@ -301,6 +305,18 @@ def _gradient(**fields: Any) -> dict[str, ParameterGradient]:
     return {"embed.weight": ParameterGradient(**right), "head.weight": ParameterGradient(**right | fields)}
 
 
+def _mode(name: str, **fields: Any) -> dict[str, TrainingMode]:
+    right = {"analytic": 0.7, "numeric": 0.7 + 1e-12, "noise": 1e-10, "parameters": 2}
+    along = (Derivative(**right), Derivative(**right | fields))
+    return {name: TrainingMode(derivatives=along, lengths=(41, 9), loss=5.3)}
+
+
+def _rounded(name: str, **fields: Any) -> dict[str, LowPrecision]:
+    right = {"norm": 1.0, "error": 0.02, "noise": 0.03, "elements": 100}
+    parameters = {"embed.weight": RoundedGradient(**right), "head.weight": RoundedGradient(**right | fields)}
+    return {name: LowPrecision(parameters=parameters)}
+
+
 def _prefixed(*prefixes: str) -> tuple[AttentionInfo, ...]:
     return tuple(
         AttentionInfo(module=f"layers.{i}.attn", prefix=prefix, num_heads=2, num_kv_heads=1, head_dim=32)
@@ -403,6 +419,31 @@ FAILING: Mapping[str, Mapping[str, Corruption]] = {
         "useless steps": lambda e: change_gradients(e, parameters=_gradient(analytic=0.5, noise=float("inf"))),
         "drowned in noise": lambda e: change_gradients(e, parameters=_gradient(analytic=0.5, noise=1.0)),
     },
+    "gradients.training_mode": {
+        "detached": lambda e: change_gradients(e, modes=_mode("training", analytic=0.0)),
+        "another mask": lambda e: change_gradients(e, modes=_mode("training", numeric=0.8)),
+        "NaN": lambda e: change_gradients(e, modes=_mode("training", numeric=float("nan"))),
+        "useless steps": lambda e: change_gradients(e, modes=_mode("training", analytic=0.5, noise=float("inf"))),
+        "another loss under no_grad": lambda e: change_gradients(
+            e, modes={"training": replace(_mode("training")["training"], recording_difference=0.1)}
+        ),
+    },
+    "gradients.batch": {
+        "detached": lambda e: change_gradients(e, modes=_mode("batch", analytic=0.0)),
+        "NaN": lambda e: change_gradients(e, modes=_mode("batch", analytic=float("nan"))),
+    },
+    "gradients.bfloat16": {
+        "half of it": lambda e: change_gradients(e, low_precision=_rounded("bfloat16", error=0.5)),
+        "lost": lambda e: change_gradients(e, low_precision=_rounded("bfloat16", error=None)),
+        "lost, of one element": lambda e: change_gradients(
+            e, low_precision=_rounded("bfloat16", error=None, elements=1)
+        ),
+        "NaN": lambda e: change_gradients(e, low_precision=_rounded("bfloat16", error=float("nan"))),
+    },
+    "gradients.autocast": {
+        "half of it": lambda e: change_gradients(e, low_precision=_rounded("autocast", error=0.5)),
+        "lost": lambda e: change_gradients(e, low_precision=_rounded("autocast", error=None)),
+    },
     "gradients.causality": {
         "sees the future": lambda e: change_gradients(e, future_leak=1e-300),
         "sees nothing": lambda e: change_gradients(e, past_reach=0.0),
@@ -411,7 +452,12 @@ FAILING: Mapping[str, Mapping[str, Corruption]] = {
         "other values": lambda e: change_gradients(e, packing=Packing(difference=1e-3, leak=0.0)),
         "leak": lambda e: change_gradients(e, packing=Packing(difference=0.0, leak=1e-300)),
     },
-    "gradients.train_eval": {"differ": lambda e: change_gradients(e, train_eval_difference=1e-3)},
+    "gradients.train_eval": {
+        "differ": lambda e: change_gradients(e, train_eval_difference=1e-3),
+        "differ without dropout": lambda e: with_dropout(e, undropped_difference=1e-3),
+        "random in evaluation": lambda e: change_gradients(e, eval_eval_difference=0.1),
+        "random in evaluation, dropout declared": lambda e: with_dropout(e, eval_eval_difference=0.1),
+    },
     "gradients.dropout": {
         "never acts": lambda e: with_dropout(e, train_train_difference=0.0),
         "acts in evaluation": lambda e: with_dropout(e, eval_eval_difference=0.1),
@@ -673,4 +719,8 @@ def _gradients() -> Gradients:
         train_train_difference=0.0,
         eval_eval_difference=0.0,
         losses=(5.3, 5.1, 4.8),
+        lengths=(41, 9),
+        undropped_difference=0.0,
+        modes=_mode("training") | _mode("batch"),
+        low_precision=_rounded("bfloat16") | _rounded("autocast"),
     )

@@ -11,7 +11,7 @@ import pytest
 from evidence_samples import FAILING, change_gradients, change_inspection, clean, with_dropout
 from genmodel.conformance.catalogue import all_checks, get, judge
 from genmodel.conformance.verdict import Status
-from genmodel.runners.evidence import Evidence, Failure, Probe
+from genmodel.runners.evidence import Evidence, Failure, LowPrecision, Probe, RoundedGradient, TrainingMode
 from genmodel.runners.scenarios import SCENARIOS
 
 IDS = [check.id for check in all_checks()]
@@ -72,8 +72,30 @@ def test_a_scenario_that_failed_fails_the_checks_that_need_it(check_id: str, evi
 @pytest.mark.parametrize(
     ("check_id", "fields", "reason"),
     [
-        ("gradients.train_eval", {"declares_dropout": True}, "declares dropout"),
         ("gradients.dropout", {}, "declares no dropout"),
+        ("gradients.training_mode", {"modes": {}}, "not measured"),
+        ("gradients.batch", {"modes": {"batch": TrainingMode(reason="takes no batch")}}, "takes no batch"),
+        ("gradients.bfloat16", {"low_precision": {}}, "not measured"),
+        ("gradients.autocast", {"low_precision": {"autocast": LowPrecision(reason="raises")}}, "raises"),
+        (
+            "gradients.bfloat16",
+            {
+                "low_precision": {
+                    "bfloat16": LowPrecision(
+                        parameters={"w": RoundedGradient(norm=1.0, error=1.0, noise=0.3, elements=100)}
+                    )
+                }
+            },
+            "rounding alone",
+        ),
+        (
+            "gradients.attention_inputs",
+            {
+                "attention_inputs": {"attn": (0.0, 0.0, 0.0)},
+                "unjudged_attention_inputs": dict.fromkeys(("q of attn", "k of attn", "v of attn"), "is a constant"),
+            },
+            "k of attn is a constant",
+        ),
         (
             "gradients.packed_sequences",
             {"packing": None, "packing_reason": "takes no cu_seqlens"},

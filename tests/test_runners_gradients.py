@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
@@ -19,7 +22,7 @@ from genmodel.conformance import catalogue
 from genmodel.conformance.verdict import Status
 from genmodel.modeling.parallel_context import ParallelContext
 from genmodel.reference_models import dense, dtensor
-from genmodel.runners import checkpoint, gradients, standalone
+from genmodel.runners import checkpoint, derivatives, gradients, low_precision, standalone
 from genmodel.runners.coding import local
 
 
@@ -59,6 +62,234 @@ def as_it_is(model: Any) -> None:
     """The reference model."""
 
 
+def with_scalars(model: Any) -> None:
+    """Parameters of shape [1] and [], whose direction is a sign."""
+    model.gain = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    model.shift = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    norm = model.norm.forward
+    model.norm.forward = lambda x: norm(x) * model.gain + model.shift
+
+
+def with_an_empty_parameter(model: Any) -> None:
+    """A table without rows, which nothing can move."""
+    model.unused = nn.Parameter(torch.empty(0, 128))
+
+
+def with_constant_q_and_k(model: Any) -> None:
+    """Attention to all earlier tokens alike."""
+    for layer in model.layers:
+        attend = layer.attn.attn
+        layer.attn.attn = nn.Module()
+        layer.attn.attn.inner = attend
+        layer.attn.attn.forward = lambda q, k, v, a=attend: a(torch.zeros_like(q), torch.ones_like(k), v)
+        size = layer.attn.qkv.weight.shape[0] - attend.num_kv_heads * attend.head_dim
+        layer.attn.qkv.weight.data[:size] = 0  # q and k of it are not used
+
+
+def with_few_positions(model: Any) -> None:
+    """Learned positions for 24 tokens, whatever the config says."""
+    model.embed_positions = nn.Embedding(24, 128, dtype=torch.float64)
+    forward = model.forward
+    model.forward = lambda input_ids, positions: forward(
+        None, positions, inputs_embeds=model.embed_tokens(input_ids) + model.embed_positions(positions)
+    )
+
+
+def for_flattened_tokens_only(model: Any) -> None:
+    """As vLLM passes them."""
+    forward = model.forward
+
+    def flattened(input_ids: Tensor, positions: Tensor) -> Tensor:
+        (tokens,) = input_ids.shape
+        out: Tensor = forward(input_ids, positions.view(tokens))
+        return out
+
+    model.forward = flattened
+
+
+def for_one_row_only(model: Any) -> None:
+    """Given a batch, it takes its tokens for one sequence, as code written for flattened tokens may."""
+    forward = model.forward
+
+    def joined(input_ids: Tensor, positions: Tensor) -> Tensor:
+        out: Tensor = forward(input_ids.flatten(), positions.flatten())
+        return out.unflatten(0, input_ids.shape)
+
+    model.forward = joined
+
+
+def with_functional_dropout(model: Any) -> None:
+    """Dropout that no module declares, in the right place."""
+    norm = model.norm.forward
+    model.norm.forward = lambda x: F.dropout(norm(x), 0.2, training=model.training)
+
+
+def with_layers_skipped_in_training(model: Any) -> None:
+    """Stochastic depth, which draws from Python's generator and from numpy's."""
+    draws = (random.random, np.random.rand)
+    for layer, draw in zip(model.layers, draws, strict=True):
+        layer.forward = lambda x, *rest, inner=layer.forward, draw=draw: (
+            x if model.training and draw() < 0.4 else inner(x, *rest)
+        )
+
+
+def with_a_generator_of_its_own(model: Any) -> None:
+    """Dropout that no seed reaches."""
+    generator = torch.Generator().manual_seed(5)
+    norm = model.norm.forward
+
+    def forward(x: Tensor) -> Tensor:
+        out: Tensor = norm(x)
+        if model.training:
+            out = out * (torch.rand(out.shape[-1], generator=generator) > 0.1).to(out.dtype)
+        return out
+
+    model.norm.forward = forward
+
+
+def with_a_buffer_that_training_moves(model: Any) -> None:
+    """Each pass in training mode is another one, as where the loads of experts are balanced."""
+    model.register_buffer("bias", torch.zeros(128, dtype=torch.float64))
+    norm = model.norm.forward
+
+    def forward(x: Tensor) -> Tensor:
+        out: Tensor = norm(x) + model.bias
+        if model.training:
+            with torch.no_grad():
+                model.bias += 0.1 * out.reshape(-1, out.shape[-1]).mean(0)
+        return out
+
+    model.norm.forward = forward
+
+
+def with_its_own_backward(model: Any) -> None:
+    """silu by hand, in any dtype."""
+    for layer in model.layers:
+
+        def forward(x: Tensor, mlp: Any = layer.mlp) -> Tensor:
+            gate, up = mlp.gate_up(x).chunk(2, -1)
+            out: Tensor = mlp.down(Silu.apply(gate) * up)
+            return out
+
+        layer.mlp.forward = forward
+
+
+class Silu(torch.autograd.Function):
+    """x sigmoid(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.silu(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        half: Tensor = x.sigmoid()
+        return gradient * half * (1 + x * (1 - half))
+
+
+def with_rotary_frequencies_in_a_buffer(model: Any) -> None:
+    """Which bfloat16 rounds, and the angles with it."""
+    dim, theta = model.config.head_dim, model.config.rope_theta
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+    model.register_buffer("frequencies", theta**-exponents)
+
+    def table(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angles = positions[..., None, None].to(model.frequencies.dtype) * model.frequencies
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    model.rotary_table = table
+
+
+def in_no_other_dtype(model: Any) -> None:
+    """A tensor that no conversion reaches."""
+    one = torch.ones(128, 128, dtype=torch.float64).tril().triu()
+    norm = model.norm.forward
+    model.norm.forward = lambda x: norm(x) @ one
+
+
+def _checkpointed(model: Any, *, reentrant: bool, always: bool) -> None:
+    model.dropout = nn.Dropout(0.3)
+    for layer in model.layers:
+
+        def forward(x: Tensor, *rest: Tensor, inner: Any = layer.forward) -> Tensor:
+            def run(x: Tensor, *rest: Tensor) -> Tensor:
+                out: Tensor = model.dropout(inner(x, *rest))
+                return out
+
+            if not (model.training or always):
+                return run(x, *rest)
+            out: Tensor = torch.utils.checkpoint.checkpoint(run, x, *rest, use_reentrant=reentrant)
+            return out
+
+        layer.forward = forward
+
+
+def checkpointed(model: Any) -> None:
+    """Activations are computed again in backward."""
+    _checkpointed(model, reentrant=False, always=False)
+
+
+def checkpointed_by_reentrance(model: Any) -> None:
+    """The same by the older implementation."""
+    _checkpointed(model, reentrant=True, always=False)
+
+
+def always_checkpointed(model: Any) -> None:
+    """In evaluation too."""
+    _checkpointed(model, reentrant=False, always=True)
+
+
+def always_checkpointed_by_reentrance(model: Any) -> None:
+    """In evaluation too."""
+    _checkpointed(model, reentrant=True, always=True)
+
+
+NOT_JUDGED: dict[Any, dict[str, str]] = {
+    for_flattened_tokens_only: {"batch": "raises ValueError"},
+    for_one_row_only: {"batch": "flattened tokens only"},
+    with_a_generator_of_its_own: {"training_mode": "under one seed differ", "batch": "under one seed differ"},
+    in_no_other_dtype: {"bfloat16": "does not run so: RuntimeError", "autocast": ""},
+}
+"""What cannot be judged of a variant, and why."""
+
+VARIANTS = [
+    *(
+        (variant, seed)
+        for variant in (as_it_is, in_float32, with_kinks, with_dropout, with_scalars)
+        for seed in range(3)
+    ),
+    (with_an_empty_parameter, 0),
+    (with_constant_q_and_k, 0),
+    (with_few_positions, 0),
+    (for_flattened_tokens_only, 0),
+    (for_one_row_only, 0),
+    (with_functional_dropout, 0),
+    (with_layers_skipped_in_training, 0),
+    (with_a_generator_of_its_own, 0),
+    (with_a_buffer_that_training_moves, 0),
+    (with_its_own_backward, 0),
+    (with_rotary_frequencies_in_a_buffer, 0),
+    (in_no_other_dtype, 0),
+    (checkpointed, 0),
+    (checkpointed_by_reentrance, 0),
+    (always_checkpointed, 0),
+    (always_checkpointed_by_reentrance, 0),
+]
+RANDOM_IN_TRAINING = {
+    with_dropout,
+    with_functional_dropout,
+    with_layers_skipped_in_training,
+    with_a_generator_of_its_own,
+    checkpointed,
+    checkpointed_by_reentrance,
+    always_checkpointed,
+    always_checkpointed_by_reentrance,
+}
+"""Variants that gradients.dropout is about."""
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Small matrices gain nothing from more, and lose much on a busy machine."""
@@ -68,26 +299,89 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("variant", [as_it_is, in_float32, with_kinks, with_dropout])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # reentrant checkpointing under no_grad
+@pytest.mark.parametrize(("variant", "seed"), VARIANTS)
 def test_a_correct_model_raises_no_alarm(variant: Any, seed: int) -> None:
-    """Every gradient check passes, or has nothing to say, under every seed."""
+    """Every gradient check passes, or has nothing to say and says why; weights, buffers and the seed stay."""
     hf_config = SimpleNamespace(**checkpoint.TINY_CONFIG | {"num_hidden_layers": 2})
     config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
     with standalone.build(dense.factory, config, torch.float64) as built:
         weights = checkpoint.adversarial_weights(built.model, standalone.checkpoint_shapes(built.model), seed)
         standalone.load(built, weights)
         variant(built.model)
-        before = {name: p.detach().clone() for name, p in built.model.named_parameters()}
+        built.model.eval()
+        before = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
+        torch.manual_seed(17)
         measured = gradients.measure(built, seed)
-        assert all(torch.equal(p, before[name]) for name, p in built.model.named_parameters())
+        assert torch.initial_seed() == 17
+        after = built.model.state_dict()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        assert not any(module.training for module in built.model.modules())
     evidence = replace(clean(), gradients=measured)
-    verdicts = [catalogue.judge(check, evidence) for check in catalogue.select(groups=["gradients"])]
-    broken = [v for v in verdicts if v.status not in (Status.PASSED, Status.NOT_APPLICABLE)]
+    verdicts = {c.function.__name__: catalogue.judge(c, evidence) for c in catalogue.select(groups=["gradients"])}
+    broken = [v for v in verdicts.values() if v.status not in (Status.PASSED, Status.NOT_APPLICABLE)]
     assert not broken, broken
-    assert measured.declares_dropout is (variant is with_dropout)
+    assert (verdicts["dropout"].status is Status.PASSED) is (variant in RANDOM_IN_TRAINING)
+    for name in ("training_mode", "batch", "bfloat16", "autocast"):
+        reason = NOT_JUDGED.get(variant, {}).get(name)
+        assert verdicts[name].status is (Status.PASSED if reason is None else Status.NOT_APPLICABLE), verdicts[name]
+        assert (reason or "") in verdicts[name].reason
+    assert measured.lengths == ((17, 9) if variant is with_few_positions else (41, 9))
     assert measured.packing is not None
-    assert all(min(norms) > 0 for norms in measured.attention_inputs.values())
+    judged = {name for name, norms in measured.attention_inputs.items() if min(norms) > 0}
+    exempt = set(measured.unjudged_attention_inputs)
+    assert judged == set(measured.attention_inputs) or variant is with_constant_q_and_k
+    assert all(name.startswith(("q", "k")) for name in exempt)
+    assert bool(exempt) is (variant is with_constant_q_and_k)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (4, 5)])
+def test_a_direction_has_length_one_whatever_is_drawn(shape: tuple[int, ...]) -> None:
+    """Half of all signs are against those of the gradient; of one element that would be all of it."""
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        guides = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+        for chosen in ([], guides, [guides[0], -guides[0]], [None, guides[1]], [torch.zeros(shape)]):
+            found = derivatives.direction(torch.Size(shape), chosen, generator)
+            assert float(found.norm()) == pytest.approx(1)
+        found = derivatives.direction(torch.Size(shape), guides[:1], generator)
+        assert float((found * guides[0]).sum()) > 0.5 * float(guides[0].norm())
+
+
+def test_rounding_is_to_a_neighbour_in_bfloat16_and_right_on_average() -> None:
+    """As likely up as the value is near the upper one; what bfloat16 has stays."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(500, generator=generator, dtype=torch.float64)
+    draws = torch.stack([low_precision.stochastically(values, generator) for _ in range(400)])
+    assert torch.equal(draws.to(torch.bfloat16).double(), draws)
+    ulp = torch.finfo(torch.bfloat16).eps * values.abs()
+    assert bool(((draws - values).abs() <= ulp).all())
+    assert bool(((draws.mean(0) - values).abs() <= 0.2 * ulp).all())
+    exact = values.to(torch.bfloat16).double()
+    assert torch.equal(low_precision.stochastically(exact, generator), exact)
+
+
+def test_choices_are_made_again_as_the_first_time() -> None:
+    """By topk, sort, max and argmax; values and gradients are those of what was chosen."""
+
+    def choose(scores: Tensor) -> tuple[Tensor, ...]:
+        best, which = scores.topk(2, -1)
+        ordered, order = scores.sort(-1, descending=True)
+        top, first = scores.max(0)
+        return best, which, ordered, order, top, first, scores.argmax(-1), scores.argmin(0)
+
+    scores = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    other = (-scores).requires_grad_()
+    with low_precision.SameChoices() as choices:
+        once = choose(scores)
+        choices.again()
+        twice = choose(other)
+    for part in (1, 3, 5, 6, 7):
+        assert torch.equal(once[part], twice[part])
+    for part in (0, 2, 4):
+        assert torch.equal(once[part], -twice[part])
+    (gradient,) = torch.autograd.grad(twice[0].sum(), other)
+    assert torch.equal(gradient, torch.zeros_like(scores).scatter(-1, once[1], 1.0))
 
 
 def parallelised_at_any_size(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:

@@ -1,0 +1,220 @@
+"""Gradients in bfloat16 and under autocast against those in float64, and how far rounding alone moves them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from genmodel.runners import coding, training_modes
+from genmodel.runners.evidence import LowPrecision, RoundedGradient
+
+T = TypeVar("T")
+
+DRAWS = 3
+"""Runs with random rounding, whose root mean square is the noise."""
+
+aten = torch.ops.aten
+
+
+class Rounded(TorchFunctionMode):
+    """Entered around forward and backward: what each operation gives, and its gradient, is rounded to bfloat16.
+
+    The dtype stays what it is, so that code which looks at dtypes takes no other path. Only what depends on parameters
+    is rounded: tables and masks are computed as they are in any dtype. Rounding is stochastic, up or down by chance,
+    which has twice the variance of rounding to nearest and as many draws as one likes.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(number)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            return self._rounded(out)
+        if type(out) in (tuple, list):  # not a named tuple, such as topk's
+            return type(out)(self._rounded(part) for part in out)
+        return out
+
+    def _rounded(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
+            return value
+        if not value.requires_grad or value.is_leaf or not value.is_floating_point():
+            return value
+        return _Round.apply(value, self._generator)  # type: ignore[no-untyped-call]
+
+
+class _Round(torch.autograd.Function):
+    """Rounds on the way there and on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        ctx.generator = generator
+        return stochastically(value, generator)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return stochastically(gradient, ctx.generator), None
+
+
+def stochastically(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The value, in its own dtype, rounded to a neighbour in bfloat16, each as likely as it is near."""
+    if isinstance(value, DTensor):
+        held = stochastically(value.to_local(), generator)
+        return DTensor.from_local(
+            held, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
+    bits = value.to(torch.float32).view(torch.int32)  # bfloat16 is the upper half of float32
+    chance = torch.randint(1 << 16, value.shape, generator=generator, dtype=torch.int32)
+    return ((bits + chance) & -(1 << 16)).view(torch.float32).to(value.dtype)
+
+
+class SameChoices(TorchDispatchMode):
+    """Entered around passes: what the first one chose by comparing numbers, such as experts, the others choose too.
+
+    Rounding may turn a choice, and gradients jump with it: that is neither an error nor noise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: list[torch.Tensor] = []
+        self._call: int | None = None
+
+    def again(self) -> None:
+        """The next pass begins."""
+        self._call = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        answer = func(*args, **kwargs)
+        if func not in _CHOOSING or not args[0].is_floating_point() or args[0].dim() == 0:
+            return answer
+        dim = args[_CHOOSING[func]] if len(args) > _CHOOSING[func] else kwargs.get("dim", -1)
+        index = answer[1] if isinstance(answer, tuple) else answer
+        if self._call is None:
+            self._made.append(index.clone())
+            return answer
+        call, self._call = self._call, self._call + 1
+        if dim is None or call >= len(self._made) or self._made[call].shape != index.shape:
+            return answer
+        chosen = self._made[call]
+        if not isinstance(answer, tuple):
+            return chosen.clone()
+        kept = answer[0].dim() == args[0].dim()
+        inner = chosen if kept else chosen.unsqueeze(dim)
+        values = args[0].gather(dim, inner)
+        return (values if kept else values.squeeze(dim)), chosen.clone()
+
+
+_CHOOSING = {
+    aten.topk.default: 2,
+    aten.sort.default: 1,
+    aten.sort.stable: 3,
+    aten.max.dim: 1,
+    aten.min.dim: 1,
+    aten.argmax.default: 1,
+    aten.argmin.default: 1,
+}
+"""Where each has its `dim`."""
+
+
+def measure(
+    model: nn.Module, loss: Callable[[], torch.Tensor], trainable: Mapping[str, nn.Parameter], *, training: bool
+) -> dict[str, LowPrecision]:
+    """By name of the mode, "bfloat16" and "autocast"; the weights of the float64 model end as they began.
+
+    Args:
+        model: in float64.
+        loss: one pass.
+        trainable: its parameters.
+        training: whether in training mode, with no dropout.
+    """
+
+    def run(forward: Callable[[], torch.Tensor] = loss) -> dict[str, torch.Tensor | None]:
+        begin(training, 0)
+        with training_modes.NoDropout():
+            return training_modes.gradients_of(forward, trainable)[1]
+
+    def under_autocast() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss()
+
+    with _weights_in_bfloat16(model), training_modes.passes(model) as begin, SameChoices() as choices:
+        exact = run()
+        variance = dict.fromkeys(trainable, 0.0)
+        try:
+            for draw in range(DRAWS):
+                choices.again()
+                with Rounded(draw):
+                    moved = run()
+                for name in trainable:
+                    variance[name] += _distance(moved[name], exact[name]) ** 2 / DRAWS
+        except Exception as error:  # noqa: BLE001 - a model may be made of what cannot be watched
+            reason = f"the noise of rounding could not be measured: {_line(error)}"
+            return {mode: LowPrecision(reason=reason) for mode in ("bfloat16", "autocast")}
+        found = {}
+        for mode, dtype, forward in (("bfloat16", torch.bfloat16, loss), ("autocast", torch.float32, under_autocast)):
+            choices.again()
+            try:
+                low = _in(dtype, model, lambda forward=forward: run(forward))  # type: ignore[misc]
+            except Exception as error:  # noqa: BLE001 - built for float64, it need not run in anything else
+                found[mode] = LowPrecision(reason=f"the model, built in float64, does not run so: {_line(error)}")
+                continue
+            found[mode] = LowPrecision(
+                parameters={
+                    name: RoundedGradient(
+                        norm=_distance(exact[name], None),
+                        error=_distance(low[name], exact[name]) if _distance(low[name], None) else None,
+                        noise=math.sqrt(variance[name]),
+                        elements=coding.local(parameter).numel(),
+                    )
+                    for name, parameter in trainable.items()
+                }
+            )
+    return found
+
+
+def _in(dtype: torch.dtype, model: nn.Module, run: Callable[[], T]) -> T:
+    """Run the float64 model in another dtype, which its weights have to be exact in."""
+    try:
+        model.to(dtype)
+        return run()
+    finally:
+        model.to(torch.float64)
+
+
+@contextlib.contextmanager
+def _weights_in_bfloat16(model: nn.Module) -> Iterator[None]:
+    """Round parameters and buffers to what bfloat16 has, in float64, for a while."""
+    state = {
+        (module, name): coding.local(tensor).clone()
+        for module in model.modules()
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
+    try:
+        model.to(torch.bfloat16).to(torch.float64)
+        yield
+    finally:
+        model.to(torch.float64)
+        with torch.no_grad():
+            for (module, name), value in state.items():
+                coding.local(getattr(module, name)).copy_(value)
+
+
+def _distance(one: torch.Tensor | None, other: torch.Tensor | None) -> float:
+    """Between two gradients, of which one that is missing is zero."""
+    if one is None or other is None:
+        return max((float(gradient.double().norm()) for gradient in (one, other) if gradient is not None), default=0.0)
+    return float((one.double() - other.double()).norm())
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

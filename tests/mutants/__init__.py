@@ -7,6 +7,7 @@ from mutants import (
     pipeline_mutants,
     precision_mutants,
     scheduling_mutants,
+    training_mutants,
     weight_mutants,
 )
 from mutants.dense_mutants import MUTANTS, Mutant
@@ -20,5 +21,6 @@ __all__ = [
     "pipeline_mutants",
     "precision_mutants",
     "scheduling_mutants",
+    "training_mutants",
     "weight_mutants",
 ]

@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Mapping
 from multiprocessing import forkserver, reduction, resource_tracker
@@ -40,6 +41,17 @@ from genmodel.runners.leftovers import (
 
 FILES = 1024
 """Open files that hosts may have if the hard limit lets them: what most systems allow."""
+
+
+def safe_path() -> dict[str, str]:
+    """This process's path for another, but the standard library first and the current directory nowhere by itself.
+
+    So no select.py or random.py of an author's hides what launchers need.
+    """
+    library = sysconfig.get_path("stdlib")
+    own = (library, f"{library}/lib-dynload")
+    folders = sorted(filter(None, sys.path), key=lambda folder: folder not in own)
+    return {"PYTHONPATH": os.pathsep.join(folders), "PYTHONSAFEPATH": "1"}
 
 
 class HostProcess:
@@ -99,7 +111,7 @@ class Launcher:
                 env={
                     **environment,
                     "OMP_NUM_THREADS": "1",  # a process with more threads than one must not fork
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    **safe_path(),
                     "TMPDIR": str(sockets),  # which is where multiprocessing has them
                 },
             )

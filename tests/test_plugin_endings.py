@@ -276,7 +276,7 @@ def test_checks_are_not_forked(pytester: pytest.Pytester) -> None:
         """
     )
     pytester.makepyfile("def test_interface(): ...")
-    result = pytester.runpytest_inprocess(*SOME, "--genmodel=models:right", "--forked", ".")
+    result = pytester.runpytest_inprocess(*SOME, "--genmodel=models:right", "--forked", "-p", "no:pytest_forked", ".")
 
     result.assert_outcomes(passed=len(CHECKS) + 1)
 

@@ -15,6 +15,7 @@ import pytest
 import evidence_samples
 from genmodel.conformance import catalogue
 from genmodel.fixtures.options import LIST_FLAG, OPTIONS
+from genmodel.runners import launcher
 from genmodel.runners.versions import SUPPORTED_VERSIONS, vllm_problem
 
 catalogue.all_checks()
@@ -266,6 +267,15 @@ def test_unusable_targets_are_left_out_and_the_others_are_judged(
     assert {entry["target"] for entry in report["missing"]} == set(UNUSABLE)
 
 
+@pytest.mark.parametrize("name", ["torch", "vllm"])
+def test_a_file_that_hides_what_is_needed_is_named(pytester: pytest.Pytester, name: str) -> None:
+    file = pytester.makepyfile(**{name: "raise RuntimeError('imported')"})
+    result = pytester.runpytest_subprocess("--genmodel=models:right")
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert result.errlines[0] == f"ERROR: {file} hides the installed package of that name: give it another name"
+
+
 # --- vLLM ----------------------------------------------------------------------------------------------------------
 
 
@@ -309,3 +319,25 @@ def test_supported_vllm(installed: dict[str, str], versions: dict[str, str]) -> 
     installed.update(versions)
 
     assert vllm_problem() is None
+
+
+# --- a directory full of modules -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["select", "random", "types"])
+def test_an_authors_file_hides_nothing_from_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whether the directory is on pytest's path, as with `python -m pytest`, or merely the current one."""
+    tmp_path.joinpath(f"{name}.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    code = f"import {name}, multiprocessing.forkserver"
+    environment = launcher.safe_path()
+    hidden = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    for added, status in ((environment, 0), (hidden, 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **added}, check=False, capture_output=True
+        )
+        assert done.returncode == status, done.stderr

@@ -39,6 +39,9 @@ SHARED_AT_LEAST = 8 << 20
 SHARED_PER_THREAD = 2 * (4 << 20) + (1 << 20)
 """Bytes of shared memory that any run takes, and each thread of a rank: vLLM's CPU communicator has 4 MiB for each, and
 the hosts' and a default engine's are there at once."""
+SHARED_IN_PLENTY = 1 << 30
+SMALL_QUEUES = {"VLLM_MQ_MAX_CHUNK_BYTES_MB": "1"}
+"""Where there is less than that, a default engine's queues, for each of which vLLM else wants 160 MiB to be free."""
 INTERFACES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 """Variables that tell torch's process groups where to listen."""
 
@@ -69,7 +72,8 @@ def environment(size: int, share: Share) -> dict[str, str]:
                 f"tensor-parallel size {size} is too many ranks for {cores} CPU cores: "
                 f"--genmodel-tp takes sizes up to {most}"
             )
-        return {"OMP_NUM_THREADS": str(_threads(size, share, max(1, cores // (size * share.count))))}
+        few = {"OMP_NUM_THREADS": str(_threads(size, share, max(1, cores // (size * share.count))))}
+        return few if _shared_room() >= SHARED_IN_PLENTY else {**few, **SMALL_QUEUES}
     each = len(devices) // share.count
     if size > len(devices):
         raise TooSmall(_too_large(size, len(devices)))

@@ -109,24 +109,24 @@ def test_what_is_lacking_is_one_line(before: list[str], variables: dict[str, str
 
 
 def test_dockers_shared_memory_is_enough() -> None:
-    """64 MiB, for two ranks and beside them a default engine; nothing is left in it."""
+    """64 MiB, for two ranks; nothing is left in it."""
     program = (
         "from genmodel.runners.session import Session, TargetOptions; import os\n"
         "chosen = TargetOptions(spec='genmodel.reference_models.dense:factory')\n"
         "with Session([chosen]) as session:\n"
-        "    found = session.collect(chosen, {'plain', 'deployed'}).traces\n"
+        "    found = session.collect(chosen, {'plain'}).traces\n"
         "print(*(type(traces).__name__ for traces in found.values()), os.listdir('/dev/shm'))"
     )
     output = said("mount -t tmpfs -o size=64m tmpfs /dev/shm", program=program)
-    assert output == "tuple tuple tuple []\n"
+    assert output == "tuple tuple []\n"
 
 
 @pytest.mark.usefixtures("cpu")
 def test_threads_are_as_many_as_there_is_shared_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 MiB, which is Docker's default, are enough for some."""
     monkeypatch.setattr(machine, "_shared_room", lambda: 64 << 20)
-    assert machine.environment(2, Share()) == {"OMP_NUM_THREADS": "3"}
-    assert machine.environment(1, Share()) == {"OMP_NUM_THREADS": "16"}
+    assert machine.environment(2, Share()) == {"OMP_NUM_THREADS": "3", **machine.SMALL_QUEUES}
+    assert machine.environment(1, Share()) == {"OMP_NUM_THREADS": "16", **machine.SMALL_QUEUES}
     with pytest.raises(TooSmall, match=r"/dev/shm has 64\.0 MiB left, and 80 are needed"):
         machine.environment(8, Share())
 

@@ -98,7 +98,7 @@ def test_the_table_has_groups_across_and_engines_down() -> None:
     assert lines[1].split()[1:3] == ["-", "-"]
     assert "10/10 0." in lines[1]
     assert re.search(r"9/12 12\d !", lines[2])
-    assert "7/7" in lines[3]
+    assert "11/11" in lines[3]
     assert "!" not in lines[1] + lines[3]
 
 

@@ -45,10 +45,9 @@ def session() -> Iterator[Session]:
         yield running
 
 
-def of_reference(name: str, sizes: tuple[int, ...] = (1,), **options: Any) -> TargetOptions:
-    return TargetOptions(
-        spec=f"genmodel.reference_models.{name}:factory", tensor_parallel_sizes=sizes, timeout=400, **options
-    )
+def of_reference(name: str) -> TargetOptions:
+    built_by = "VllmDense" if name == "vllm_layers" else "factory"
+    return TargetOptions(spec=f"genmodel.reference_models.{name}:{built_by}", tensor_parallel_sizes=(1,), timeout=400)
 
 
 # --- one engine does not change another ----------------------------------------------------------------------------

@@ -160,7 +160,8 @@ def inputs_embeds(evidence: Evidence) -> Iterator[Measurement]:
         Embed in one place, and do all the rest whichever was given:
 
             def forward(self, input_ids, positions, inputs_embeds=None):
-                x = inputs_embeds if inputs_embeds is not None else self.embed_input_ids(input_ids)
+                if inputs_embeds is None:
+                    inputs_embeds = self.embed_input_ids(input_ids)
                 ...
     Reports:
         #27583
@@ -254,7 +255,7 @@ def random_state(evidence: Evidence) -> Iterator[Measurement]:
     How to fix:
         Derive it from the config, with a generator of its own and a fixed seed, or save it:
 
-            self.register_buffer("projection", torch.randn(d, d))  # persistent, so that the checkpoint has it
+            self.register_buffer("projection", torch.randn(d, d))  # persistent: in checkpoints
     Reports:
         #5657
     """

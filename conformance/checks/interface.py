@@ -255,7 +255,7 @@ def random_state(evidence: Evidence) -> Iterator[Measurement]:
     How to fix:
         Derive it from the config, with a generator of its own and a fixed seed, or save it:
 
-            self.register_buffer("projection", torch.randn(d, d))  # persistent: in checkpoints
+            self.register_buffer("projection", drawn)  # is in checkpoints
     Reports:
         #5657
     """

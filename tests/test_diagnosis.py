@@ -341,7 +341,7 @@ def test_few_positions_of_a_large_model_are_enough(session: Session, monkeypatch
     monkeypatch.setattr(recorded, "BUDGET", 1 << 20)
     fault = next(fault for fault in FAULTS if fault.name == "down_in_decode")
     session.collect(OPTIONS[fault.name], {"inspection"})
-    made = session.diagnose(OPTIONS[fault.name], "plain", 1, ("short", 20))
+    made = session.diagnose(OPTIONS[fault.name], "plain", 1, ("short", 16))
     assert isinstance(made, ModuleRun)
     assert len(made.reference.rows) < 50
     found = found_in(made)

@@ -23,6 +23,11 @@ OPTIONS = {
 }
 
 
+def test_every_mutant_has_a_name_of_its_own() -> None:
+    """Else one would be run in the place of another."""
+    assert len(OPTIONS) == len(MUTANTS)
+
+
 @pytest.fixture(scope="module")
 def session() -> Iterator[Session]:
     """One pool of hosts for the whole zoo."""

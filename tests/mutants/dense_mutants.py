@@ -303,7 +303,7 @@ def training_mode_differs(model: Any) -> None:
     model.norm.forward = lambda x: forward(x) * (1.01 if model.training else 1.0)
 
 
-@mutant(caught_by="gradients.dropout", reports="", alone=True, at="norm")
+@mutant(caught_by="gradients.dropout", reports="", alone=True)
 def dropout_at_inference(model: Any) -> None:
     """Dropout that never learns of evaluation mode."""
     model.dropout = nn.Dropout(0.1)

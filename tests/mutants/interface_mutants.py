@@ -84,8 +84,8 @@ def buffer_drawn_in_the_engine(model: Any) -> None:
     model.norm.forward = lambda x: forward(x) + model.jitter
 
 
-@mutant(caught_by="interface.repeatable", reports="#43631", alone=True, at="norm")
-def dropout_without_training(model: Any) -> None:
+@mutant(caught_by="interface.repeatable", reports="#43631", alone=True)
+def dropout_in_every_engine(model: Any) -> None:
     """`F.dropout(x, p)` acts in evaluation mode too."""
     forward = model.norm.forward
     model.norm.forward = lambda x: F.dropout(forward(x), 0.1)

@@ -14,7 +14,7 @@ from genmodel.modeling._vllm import engine_config
 from genmodel.modeling.parallel_context import ParallelContext
 from genmodel.reference_models import dense
 
-DECODING = 10
+DECODING = 11
 """Most rows of a step in which every request of the workload decodes."""
 
 

@@ -89,10 +89,19 @@ class Megatron:
         """The smallest size, at least this one, that the ranks divide, as Megatron asks of a vocabulary."""
         return -(-vocab_size // self.size) * self.size
 
-    def load_rows(self, parameter: Tensor, full_VC: Tensor) -> None:
-        """A `weight_loader`: keep this rank's block of the rows, which zeros make divisible."""
-        missing = len(parameter) * self.size - len(full_VC)
-        parameter.data.copy_(F.pad(full_VC, (0, 0, 0, missing)).chunk(self.size)[self.rank])
+    def load_rows(self, parameter: Tensor, full_VC: Tensor, *, rows: int) -> None:
+        """A `weight_loader`, given how many rows there are: keep this rank's block; zeros make them divisible."""
+        if len(full_VC) != rows:
+            raise ValueError(f"the table has {rows} rows, and the checkpoint's {len(full_VC)}")
+        missing = len(parameter) * self.size - rows
+        self.keep(parameter, F.pad(full_VC, (0, 0, 0, missing)).chunk(self.size)[self.rank])
+
+    @staticmethod
+    def keep(parameter: Tensor, share: Tensor) -> None:
+        """Copy what fits; copy_ alone would repeat a single column."""
+        if share.shape != parameter.shape:
+            raise ValueError(f"a parameter of {list(parameter.shape)} is given {list(share.shape)}")
+        parameter.data.copy_(share)
 
 
 class Rotary:
@@ -135,7 +144,7 @@ class Attention(nn.Module):
         groups = self.groups * self.megatron.size
         q, k, v = full.unflatten(0, (-1, self.dim)).split([groups * self.queries, groups, groups])  # [.., D, C]
         mixed = torch.cat([q.unflatten(0, (groups, -1)), k.unsqueeze(1), v.unsqueeze(1)], 1)  # [G, Q + 2, D, C]
-        parameter.data.copy_(mixed.flatten(0, 2).chunk(self.megatron.size)[self.megatron.rank])
+        self.megatron.keep(parameter, mixed.flatten(0, 2).chunk(self.megatron.size)[self.megatron.rank])
 
     def forward(self, x_TC: Tensor, rotary: Rotary) -> Tensor:
         mixed, _ = self.qkv(x_TC)
@@ -193,7 +202,7 @@ class MegatronDense(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         for parameter in (self.embed_tokens.weight, self.lm_head.weight):
-            parameter.weight_loader = megatron.load_rows
+            parameter.weight_loader = partial(megatron.load_rows, rows=config.vocab_size)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """int [T] -> [T, C]."""

@@ -31,6 +31,7 @@ from genmodel.runners.evidence import AttentionInfo, Inspection, ParameterInfo, 
 from genmodel.runners.protocol import Unusable
 
 PROBE_TOKENS = 7
+TOO_FEW = "there is nothing to choose between with fewer than 2 tokens"
 
 
 def kind(target: object) -> str:
@@ -67,6 +68,8 @@ def inspect_target(
     """
     config = _vllm.model_config(model_dir, "float32")
     hf_config = config.model_config.hf_config
+    if hf_config.vocab_size < 2:
+        raise Unusable(f"vocab_size is {hf_config.vocab_size}: {TOO_FEW}")
     with _Explained(hf_config), standalone.build(target, config, torch.float32) as first:
         if is_reference:
             first.must_be_evaluated()
@@ -112,9 +115,8 @@ def inspect_target(
     except InterfaceError:
         model_class_for_vllm = target  # a vLLM-style class that lacks methods: `problems` has them
     accepted, said = _vllm.is_text_generation_model(model_class_for_vllm)
-    vocabulary = geometry.get("vocab_size", hf_config.vocab_size)
-    if vocabulary < 2:
-        raise Unusable(f"vocab_size is {vocabulary}: there is nothing to choose between with fewer than 2 tokens")
+    if geometry.get("vocab_size", 2) < 2:
+        raise InterfaceError(f"compute_logits gives {geometry['vocab_size']} logits for each token: {TOO_FEW}")
     return Inspection(
         kind=kind(target),
         signature=f"{getattr(target, '__name__', type(target).__name__)}{inspect.signature(target)}",
@@ -132,7 +134,7 @@ def inspect_target(
         logits=logits,
         probe_tokens=PROBE_TOKENS,
         hidden_size=geometry.get("hidden_size", hf_config.hidden_size),
-        vocab_size=vocabulary,
+        vocab_size=geometry.get("vocab_size", hf_config.vocab_size),
         max_positions=geometry.get("max_position_embeddings", configured),
         supports_pipeline=_vllm.supports_pipeline(model_class_for_vllm),
         compiles=compiles,

@@ -27,7 +27,7 @@ ARCHITECTURES = (
     "MistralForCausalLM",
     "GemmaForCausalLM",
     "Gemma2ForCausalLM",
-    "DeepseekV2ForCausalLM",
+    "Olmo2ForCausalLM",
     "PhiForCausalLM",
     "OPTForCausalLM",
     "GPT2LMHeadModel",

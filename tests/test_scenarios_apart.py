@@ -259,7 +259,7 @@ def test_a_script_without_this_project_gives_the_same_logits(
 
 
 def test_a_kernel_that_is_wrong_in_a_users_eager_engine_is_wrong_in_ours(session: Session, tmp_path: Path) -> None:
-    """Its logits are not the same from engine to engine, and all are far from right; compiled engines lack it and are right."""
+    """Its logits are not the same from engine to engine, and all far from right; compiled engines do without it."""
     save_tiny(DEEPSEEK, tmp_path)
     options = TargetOptions(spec=DEEPSEEK, tensor_parallel_sizes=(1,), weights=tmp_path, timeout=400)
     evidence = session.collect(options, {"inspection", "reference", "plain", "compiled"})

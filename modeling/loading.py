@@ -86,7 +86,7 @@ def load_weights(
 
 def _load_one(name: str, destination: torch.Tensor, tensor: torch.Tensor, context: ParallelContext) -> None:
     loader = getattr(destination, "weight_loader", None)
-    if destination.is_floating_point() != tensor.is_floating_point():
+    if not callable(loader) and destination.is_floating_point() != tensor.is_floating_point():
         raise LoadError(f"{name} is {destination.dtype} but the checkpoint holds {tensor.dtype}")
     if callable(loader):
         loader(destination, tensor)

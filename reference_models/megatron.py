@@ -98,9 +98,9 @@ class Megatron:
 
     @staticmethod
     def keep(parameter: Tensor, share: Tensor) -> None:
-        """Copy what fits; copy_ alone would repeat a single column."""
-        if share.shape != parameter.shape:
-            raise ValueError(f"a parameter of {list(parameter.shape)} is given {list(share.shape)}")
+        """Copy what fits; copy_ alone would repeat a single column, and take integers for weights."""
+        if share.shape != parameter.shape or not share.is_floating_point():
+            raise ValueError(f"a parameter of {list(parameter.shape)} is given {list(share.shape)}, {share.dtype}")
         parameter.data.copy_(share)
 
 

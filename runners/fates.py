@@ -30,6 +30,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from genmodel.runners import progress
 from genmodel.runners.evidence import FailureKind
 from genmodel.runners.protocol import describe_failure
 
@@ -178,16 +179,16 @@ def stacks(directory: Path) -> list[tuple[str, int, str]]:
 def stacks_by_process(directory: Path) -> dict[int, str]:
     """The same by process id."""
     names = _names(directory)
-    before = {pid: _stacks(directory, pid) for pid in names}
+    before = {pid: len(_stacks(directory, pid)) for pid in names}
     for pid in names:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR1)
-    patient = time.monotonic() + SETTLING
-    while True:
-        found = {pid: _stacks(directory, pid)[len(before[pid]) :] for pid in names}
-        if time.monotonic() > patient or all("\nCurrent thread" in f"\n{text}" for text in found.values()):
-            return found
-        time.sleep(0.05)
+    until = time.monotonic() + SETTLING
+
+    def text(pid: int) -> str:
+        return progress.written(lambda: _stacks(directory, pid)[before[pid] :], until)
+
+    return {pid: text(pid) for pid in names}
 
 
 def _fates(directory: Path, sockets: Path) -> Iterator[Fate]:

@@ -413,13 +413,7 @@ def _stacks(log: Path, pid: int) -> str:
     start = _size(log)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGUSR1)
-    patient = time.monotonic() + PATIENCE
-    while True:
-        found = _read(log, start)
-        # The main thread's comes last.
-        if ("\nCurrent thread" in f"\n{found}" and found.endswith("\n")) or time.monotonic() > patient:
-            return found
-        time.sleep(0.05)
+    return progress.written(lambda: _read(log, start), time.monotonic() + PATIENCE)
 
 
 def _shorten(host: _Host) -> None:

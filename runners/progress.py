@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ CALLS = "calls"
 """Where, in its temporary directory, a host counts calls."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 _FRAME = re.compile(r'  File "([^"]*)", line (\d+) in (.*)')
+_OUTERMOST = re.compile(r"^Current thread.*^  (File .* in <module>|\.\.\.)$", re.DOTALL | re.MULTILINE)
+"""The main thread's stack, which faulthandler writes last, down to its last frame or the longest stack it writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +71,8 @@ def look(leader: int, calls: Path, at: float, stacks: Callable[[], Mapping[int, 
         # Before they are asked, which takes the CPU.
         with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended
             states[pid] = _state(pid)
-    written = stacks()
-    seen = {pid: Seen(used, wants, *_place(written.get(pid, ""))) for pid, (used, wants) in states.items()}
+    texts = stacks()
+    seen = {pid: Seen(used, wants, *_place(texts.get(pid, ""))) for pid, (used, wants) in states.items()}
     return Look(at, count, seen)
 
 
@@ -101,6 +104,23 @@ def share(looks: Sequence[Look]) -> float:
     first, last = looks[0], looks[-1]
     used = sum(seen.used - (first.seen[pid].used if pid in first.seen else 0.0) for pid, seen in last.seen.items())
     return used / max(last.at - first.at, 1e-9)
+
+
+def written(read: Callable[[], str], until: float) -> str:
+    """What faulthandler writes when it is asked, once that is whole.
+
+    It writes one frame at a time. Part of a stack would look like another place.
+
+    Args:
+        read: reads what has been written so far.
+        until: seconds, by time.monotonic, after which a part must do.
+    """
+    found = read()
+    while True:
+        time.sleep(0.02)
+        before, found = found, read()
+        if (found == before and _OUTERMOST.search(found)) or time.monotonic() > until:
+            return found
 
 
 def takes_signal(pid: int) -> bool:

@@ -667,6 +667,7 @@ def _trace(scenario: str, size: int, rank: int, scored: tuple[Continuation, ...]
             batch_sizes=(1,) * len(scored) if scenario == "alone" else (len(scored),),
             block_size=32,
             stages=tuple(sorted(stages * size)),
+            embedded_tokens=sum(len(c.request.prompt) for c in scored) if scenario == "embeds" else 0,
         ),
         modules=_MODULES if dtype == "bfloat16" else {},
     )

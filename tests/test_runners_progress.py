@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from genmodel.runners import machine
-from genmodel.runners.progress import CALLS, Look, Seen, look, share, stuck, takes_signal
+from genmodel.runners.progress import CALLS, Look, Seen, look, share, stuck, takes_signal, written
 
 HOST, WORKER, OTHER = 10, 11, 12
 HERE, THERE = ("model.py:forward", "harness.py:7"), ("model.py:mlp", "harness.py:7")
@@ -137,10 +137,7 @@ def test_real_processes(program: tuple[int, Path], blamed: bool) -> None:
     def stacks() -> dict[int, str]:
         start = log.stat().st_size
         os.kill(pid, signal.SIGUSR1)
-        patient = time.monotonic() + 5.0
-        while "Current thread" not in log.read_text()[start:] and time.monotonic() < patient:
-            time.sleep(0.02)
-        return {pid: log.read_text()[start:]}
+        return {pid: written(lambda: log.read_text()[start:], time.monotonic() + 5.0)}
 
     seen = []
     for _ in range(4):
@@ -155,6 +152,20 @@ def test_real_processes(program: tuple[int, Path], blamed: bool) -> None:
         time.sleep(0.3)
         seen.append(look(pid, log.parent / CALLS, time.monotonic(), stacks))
     assert stuck(pid, seen) == blamed
+
+
+def test_part_of_a_stack_is_not_taken_for_another_place() -> None:
+    """faulthandler writes a frame at a time, and each is a whole line."""
+    thread, main = "Thread 0x1:\n", "Current thread 0x2:\n"
+    frames = [f'  File "{name}", line 3 in {name}\n' for name in ("inner", "outer", "<module>")]
+    texts = [thread, thread + frames[2], thread + frames[2] + main]
+    texts += [texts[-1] + "".join(frames[: i + 1]) for i in range(3)]
+    given = iter(texts)
+    last = texts[-1]
+    assert written(lambda: next(given, last), time.monotonic() + 60) == last
+    assert written(lambda: texts[-2], time.monotonic() + 0.1) == texts[-2], "it never ends, and a part must do"
+    deep = main + 100 * frames[0] + "  ...\n"
+    assert written(lambda: deep, time.monotonic() + 60) == deep
 
 
 def _used(pid: int) -> float:

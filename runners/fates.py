@@ -6,6 +6,7 @@ So each tells of itself, and the fork server, which reaps them all, of how it en
 
     TMPDIR of the host/processes/PID.name     what vLLM calls the process
     TMPDIR of the host/processes/PID.raised   the first exception that vLLM logged in it, or that ended it
+    TMPDIR of the host/processes/PID.asked    there if the one that started it asked it to end
     TMPDIR of the host/processes/PID.stacks   Python stacks by faulthandler: of a crash, or when asked by a signal
     TMPDIR of the fork server/deaths          a line for each process that ended, in that order
 
@@ -120,6 +121,12 @@ def _write_raised(own: Path, error: BaseException) -> None:
         draft.rename(path)
 
 
+def ask_to_end(pid: int) -> None:
+    """Write down that this process is about to end one that it started."""
+    with contextlib.suppress(OSError):
+        (_directory(Path(tempfile.gettempdir())) / f"{pid}.asked").touch()
+
+
 def forget() -> None:
     """Of the processes of an engine that this host has ended, no more need be told."""
     for path in _directory(Path(tempfile.gettempdir())).glob("*.name"):
@@ -198,7 +205,7 @@ def _fates(directory: Path, sockets: Path) -> Iterator[Fate]:
         try:
             raised = Fate(name, rank, **json.loads((_directory(directory) / f"{pid}.raised").read_text()))
         except (OSError, ValueError, TypeError):  # there is none, or a model has written it
-            if pid in deaths:
+            if pid in deaths and not (_directory(directory) / f"{pid}.asked").exists():
                 at, status = deaths[pid]
                 yield Fate(name, rank, at, status, details=_stacks(directory, pid))
         else:

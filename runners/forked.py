@@ -32,6 +32,8 @@ FIRST_TO_GO = "500"
 """Where memory runs out, the kernel takes hosts before pytest, an editor or a shell, which are at 0 (of 1000)."""
 _F_SETSIG = 10
 """Linux's; the fcntl module has no name for it."""
+_kept: list[int] = []
+"""Ends of pipes by which processes see that this one lives."""
 
 
 def serve(connection: Connection, settings: dict[str, Any]) -> None:
@@ -73,9 +75,23 @@ def fork_instead_of_spawn() -> None:
     server.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]
 
 
-def _from_fork_server(process: SpawnProcess) -> _ForkServerPopen:
+def _from_fork_server(process: SpawnProcess) -> _Popen:
     process.__class__ = ForkedProcess
-    return _ForkServerPopen(process)
+    starter_lives, ours = os.pipe()
+    _kept.append(ours)  # open for as long as this process lives
+    process.__dict__["_starter_lives"] = starter_lives
+    try:
+        return _Popen(process)
+    finally:
+        os.close(process.__dict__.pop("_starter_lives"))
+
+
+class _Popen(_ForkServerPopen):
+    """Writes down that a process was asked to end: then how it ends tells of no failure."""
+
+    def _send_signal(self, sig: int) -> None:
+        fates.ask_to_end(self.pid)
+        super()._send_signal(sig)  # type: ignore[misc]
 
 
 class ForkedProcess(SpawnProcess):
@@ -86,6 +102,7 @@ class ForkedProcess(SpawnProcess):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **self.__dict__,
+            "_starter_lives": DupFd(self.__dict__["_starter_lives"]),
             "_inherited": {
                 "environment": dict(os.environ),
                 "group": os.getpgrp(),
@@ -97,7 +114,7 @@ class ForkedProcess(SpawnProcess):
         """The target, as if in a process that this one's parent had spawned."""
         inherited = self.__dict__.pop("_inherited")
         os.setpgid(0, inherited["group"])
-        _die_with_starter()
+        _die_with_starter(self.__dict__.pop("_starter_lives").detach())
         for number, duplicate in enumerate(inherited["output"], 1):
             descriptor = duplicate.detach()
             os.dup2(descriptor, number)
@@ -107,18 +124,19 @@ class ForkedProcess(SpawnProcess):
             super().run()
 
 
-def _die_with_starter() -> None:
+def _die_with_starter(lives: int) -> None:
     """Let the kernel end this process with the one that asked for it, which is not its parent: that is the fork server.
 
     The starter holds the other end of a pipe, and the signal that the kernel sends at its end can be chosen.
+
+    Args:
+        lives: this end, of a pipe that nothing is ever written to. The pipe that multiprocessing sends the process
+            through will not do: the kernel also signals what is written, and may do so when that has been read.
     """
-    starter = multiprocessing.process.parent_process()
-    assert starter is not None
-    end = starter.sentinel
-    fcntl.fcntl(end, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(end, _F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(end, fcntl.F_SETFL, fcntl.fcntl(end, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([end], [], [], 0)[0]:  # it ended before
+    fcntl.fcntl(lives, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lives, _F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lives, fcntl.F_SETFL, fcntl.fcntl(lives, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([lives], [], [], 0)[0]:  # it ended before
         os.kill(os.getpid(), signal.SIGKILL)
 
 

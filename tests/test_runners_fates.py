@@ -1,0 +1,65 @@
+"""What is told of an engine's processes, by what they and the fork server have written down."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from genmodel.runners import fates, forked
+
+CORE, WORKER = 999_999_001, 999_999_002
+"""Process ids that no process has."""
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A host's, and here the fork server's too, with an engine of two processes that both ended."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    processes = tmp_path / "processes"
+    processes.mkdir()
+    (processes / f"{CORE}.name").write_text("EngineCore")
+    (processes / f"{WORKER}.name").write_text("VllmWorker-1")
+    (tmp_path / "deaths").write_text(f"7.5 {WORKER} -11\n8.0 {CORE} -9\n")
+    return tmp_path
+
+
+def test_the_first_to_die_is_the_cause(directory: Path) -> None:
+    found = fates.cause(directory, directory)
+    assert found is not None
+    assert (found.name, found.rank, found.status) == ("worker 1", 1, -signal.SIGSEGV)
+
+
+def test_what_was_asked_to_end_did_not_fail(directory: Path) -> None:
+    """vLLM ends an engine's processes where something else failed, and kills those that take their time."""
+    fates.ask_to_end(WORKER)
+    found = fates.cause(directory, directory)
+    assert found is not None
+    assert (found.name, found.status) == ("the engine's core", -signal.SIGKILL)
+    fates.ask_to_end(CORE)
+    assert fates.cause(directory, directory) is None
+
+
+@pytest.mark.parametrize("ended_before", [False, True])
+def test_an_engines_process_ends_with_its_starter(ended_before: bool) -> None:
+    """When the other end of the pipe is closed, as all of a process are when it ends."""
+    lives, ours = os.pipe()
+    told, tell = os.pipe()
+    if ended_before:
+        os.close(ours)
+    pid = os.fork()
+    if pid == 0:
+        if not ended_before:
+            os.close(ours)
+        forked._die_with_starter(lives)
+        os.write(tell, b".")
+        time.sleep(600)
+        os._exit(0)
+    if not ended_before:
+        assert os.read(told, 1) == b"."
+        os.close(ours)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL

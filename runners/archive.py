@@ -277,6 +277,9 @@ def _require_local_gradients(part: RankGradients) -> None:
     for name, gradient in part.gradients.items():
         if gradient is not None:
             _require_tensor(name, gradient, "float64", None)
+    for states in (part.trained, part.undropped):
+        if states is not None:
+            _require_tensor("hidden states in training", states, "float64", 2)
 
 
 def _require_reference(run: ReferenceRun) -> None:

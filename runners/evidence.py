@@ -528,6 +528,10 @@ class RankGradients:
     """Of the local shape: see WeightAudit."""
     gradients: dict[str, torch.Tensor | None]
     """float64, of the local shape, of every trainable parameter; None where backward left none."""
+    trained: torch.Tensor
+    """Hidden states in training mode, of one seed on every rank, [tokens, hidden] float64."""
+    undropped: torch.Tensor | None
+    """The same without dropout; None for a model that draws random numbers of its own in training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from genmodel.modeling import _vllm
 from genmodel.modeling.loading import load_weights
 from genmodel.modeling.parallel_context import ParallelContext
-from genmodel.runners import checkpoint, coding, gradients, standalone
+from genmodel.runners import checkpoint, coding, gradients, standalone, training_modes
 from genmodel.runners.evidence import CodedTensor, RankGradients
 
 
@@ -54,13 +54,34 @@ def measure(
             loss = gradients.training_loss(built, batch)
             if loss.requires_grad:
                 loss.backward()
+            trained, undropped = _training_states(built, batch[0], seed)
             return RankGradients(
                 tensor_parallel_size=tensor_parallel_size,
                 rank=rank,
                 loss=float(loss.detach()),
                 codes=held,
                 gradients={name: _gradient(p) for name, p in trainable.items()},
+                trained=trained,
+                undropped=undropped,
             )
+
+
+@torch.no_grad()
+def _training_states(
+    built: standalone.Standalone, tokens: torch.Tensor, seed: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`RankGradients.trained` and `undropped`."""
+    with training_modes.passes(built.model) as begin:
+
+        def run(number: int) -> torch.Tensor:
+            begin(True, number)
+            return coding.local(built.hidden(tokens)).clone()
+
+        trained = run(seed)
+        with training_modes.NoDropout():
+            one, other = run(seed), run(seed + 1)
+    still_random = bool((one - other).abs().max() > training_modes.SAME * one.abs().max())
+    return trained, None if still_random else one
 
 
 def _codes(

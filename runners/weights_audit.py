@@ -33,6 +33,7 @@ Remade = Callable[[torch.Tensor], torch.Tensor]
 KINDS = 32
 """Most kinds of tensors that are left out of the checkpoint, or do not fit, in turn."""
 TRANSPOSED = "transposed"
+RESHAPED = "of the same elements in twice as many rows"
 
 
 def _unchanged(tensors: Tensors) -> Tensors:
@@ -197,10 +198,10 @@ def _misfits(loading: _Loading, name: str, lowest: Mapping[str, torch.Tensor]) -
     for misfit, remade in _ill_fitting(name, loading.codes[name].shape):
         made = _with(name, remade)
         refused = _refusal(lambda made=made: loading.load(made))  # type: ignore[misc]
-        if refused is None and misfit.change == TRANSPOSED:
+        if refused is None and misfit.change in (TRANSPOSED, RESHAPED):
             loading.load_codes(made)
             if not loading.different(lowest):
-                continue  # a loader that finds out that a matrix is transposed, and turns it, has understood
+                continue  # a loader that finds out how a matrix is stored, and reads it as it is, has understood
         yield replace(misfit, refused=refused)
 
 
@@ -219,6 +220,8 @@ def _ill_fitting(name: str, shape: tuple[int, ...]) -> Iterator[tuple[Misfit, Re
             yield replace(found, change=f"of one element along dimension {dim}", converts=True), _cut(dim, 1)
     if len(shape) == 2 and shape[0] != shape[1]:
         yield replace(found, change=TRANSPOSED), lambda tensor: tensor.T.contiguous()
+    if len(shape) == 2 and shape[1] % 2 == 0 and shape[0] * 2 != shape[1]:
+        yield replace(found, change=RESHAPED), lambda tensor: tensor.reshape(2 * shape[0], -1)
     yield replace(found, change="of integers", converts=True), lambda tensor: tensor.to(torch.int64)
 
 

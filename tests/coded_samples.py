@@ -127,6 +127,7 @@ def parallel_gradients() -> dict[int, tuple[RankGradients, ...]]:
     total = sum(math.prod(shape) for shape in SHAPES.values())
     exact = torch.randn(total + 1, generator=generator, dtype=torch.float64)
     exact[0] = 0  # padding
+    states = torch.randn(2, 17, 8, generator=generator, dtype=torch.float64)
     found = {}
     for size in SIZES:
         ranks = []
@@ -137,7 +138,15 @@ def parallel_gradients() -> dict[int, tuple[RankGradients, ...]]:
                 for name, c in codes.items()
             }
             ranks.append(
-                RankGradients(tensor_parallel_size=size, rank=rank, loss=5.3, codes=codes, gradients=gradients)
+                RankGradients(
+                    tensor_parallel_size=size,
+                    rank=rank,
+                    loss=5.3,
+                    codes=codes,
+                    gradients=gradients,
+                    trained=states[0],
+                    undropped=states[1],
+                )
             )
         found[size] = tuple(ranks)
     return found
@@ -229,6 +238,14 @@ def change_ranks(
     found: dict[int, Any] = dict(evidence.parallel_gradients)
     found[2] = tuple(change(rank) if rank.rank in ranks else rank for rank in found[2])
     return replace(evidence, parallel_gradients=found)
+
+
+def _undropped(factor: float) -> Callable[[RankGradients], RankGradients]:
+    def change(rank: RankGradients) -> RankGradients:
+        assert rank.undropped is not None
+        return replace(rank, undropped=factor * rank.undropped)
+
+    return change
 
 
 def everything(value: int) -> Callable[[Tensor], Tensor]:
@@ -366,6 +383,9 @@ FAILING: Mapping[str, Mapping[str, Callable[[Evidence], Evidence]]] = {
         "NaN": lambda e: change_gradient(e, GATE_UP, _scaled(float("nan"))),
         "another loss": lambda e: change_ranks(e, lambda r: replace(r, loss=5.31), ranks=(1,)),
         "padding gets some": lambda e: change_gradient(e, "head.weight", lambda g: g + 1.0, ranks=(1,)),
+        "a mask of its own": lambda e: change_ranks(e, lambda r: replace(r, trained=r.trained.roll(1)), ranks=(1,)),
+        "NaN in training": lambda e: change_ranks(e, lambda r: replace(r, trained=r.trained / 0), ranks=(1,)),
+        "another function": lambda e: change_ranks(e, _undropped(1.01)),
     },
     "gradients.norm": {
         "scaled by ranks": lambda e: change_gradient(e, DOWN, _scaled(2.0)),

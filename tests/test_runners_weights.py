@@ -347,7 +347,7 @@ def test_genmodel_s_own_loader_refuses_all_that_does_not_fit() -> None:
     sides = [
         f"{what} along dimension {i}" for i in range(2) for what in ("one longer", "one shorter", "of one element")
     ]
-    assert changes == [*sides, "transposed", "of integers"]
+    assert changes == [*sides, "transposed", "of the same elements in twice as many rows", "of integers"]
     assert probes.integers == ()
 
 
@@ -377,8 +377,12 @@ def test_a_loader_that_turns_a_transposed_matrix_has_understood() -> None:
     def viewed(model: nn.Module, weights: Any) -> None:
         load_weights(model, ((n, t.reshape(6, 4) if tuple(t.shape) == (4, 6) else t) for n, t in weights))
 
+    def made_to_fit(model: nn.Module, weights: Any) -> None:
+        load_weights(model, ((n, t.T.reshape(6, 4) if tuple(t.shape) == (12, 2) else t) for n, t in weights))
+
     assert taken(probed(Tiny(), turned)) == set()
     assert taken(probed(Tiny(), viewed)) == {"matrix transposed"}
+    assert taken(probed(Tiny(), made_to_fit)) == {"matrix of the same elements in twice as many rows"}
 
 
 def test_buffers_and_tables_that_are_not_loaded_show() -> None:

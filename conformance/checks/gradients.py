@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -309,10 +309,14 @@ def loss_falls(evidence: Evidence) -> Iterator[Measurement]:
 def parallel(evidence: Evidence) -> Iterator[Measurement]:
     """In a tensor-parallel group every gradient is the slice of TP=1's, on every rank, and the loss is the same.
 
+    In training mode too all ranks have the same hidden states: seeded alike they drop the same elements of what each
+    has in full, and without dropout the states are TP=1's.
+
     Usual causes:
         A reduction is missing in backward (the input of a column-parallel layer needs one, the output of
         a row-parallel layer none), or there is one too many and gradients are scaled by the number of
-        ranks; a replicated parameter sees only its rank's part of the work, so that replicas drift apart.
+        ranks; a replicated parameter sees only its rank's part of the work, so that replicas drift apart;
+        a dropout mask of a rank's own on a tensor that every rank has in full.
     How to fix:
         Build on the layers of genmodel, whose backward reduces. In layers of your own use
         `copy_to_group` on the way in and `reduce_from_group` on the way out, both of
@@ -337,6 +341,22 @@ def parallel(evidence: Evidence) -> Iterator[Measurement]:
             worst = max(compared, key=lambda measurement: measurement.severity)
             beyond = len({m.detail.partition(" ")[0] for m in compared if not m.ok} - {worst.detail.partition(" ")[0]})
             yield replace(worst, detail=worst.detail + (f"; {beyond} more parameters are wrong" if beyond else ""))
+        yield _furthest(
+            "max |hidden state in training - rank 0's|", where, {r.rank: r.trained for r in ranks}, ranks[0].trained
+        )
+        undropped = {r.rank: r.undropped for r in ranks if r.undropped is not None}
+        if len(undropped) == len(ranks) and whole.undropped is not None:
+            yield _furthest(
+                "max |hidden state in training without dropout - at TP=1|", where, undropped, whole.undropped
+            )
+
+
+def _furthest(what: str, where: str, states: Mapping[int, torch.Tensor], right: torch.Tensor) -> Measurement:
+    """Of the rank whose hidden states are furthest from the right ones."""
+    off = {rank: float((held - right).abs().max()) for rank, held in states.items()}
+    rank = max(off, key=lambda rank: math.inf if math.isnan(off[rank]) else off[rank])
+    allowed = SLICES * float(right.abs().max())
+    return Measurement(what=what, where=where, measured=off[rank], allowed=allowed, detail=f"rank {rank}")
 
 
 @check(needs=("inspection", "parallel_gradients"), tensor_parallel=2)

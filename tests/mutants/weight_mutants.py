@@ -365,6 +365,31 @@ def norm_of_a_share_gets_its_share(model: Any) -> None:
     head.forward = scaled
 
 
+@mutant(caught_by="gradients.parallel", reports="", tp=BOTH, alone=True)
+def another_mask_on_each_rank(model: Any) -> None:
+    """Dropout that ranks seed for themselves, of hidden states that each has in full."""
+    generator = torch.Generator()
+    rank = _context(model).get_tensor_parallel_rank()
+    forward = model.norm.forward
+
+    def dropped(x: Tensor) -> Tensor:
+        out: Tensor = forward(x)
+        if not model.training:
+            return out
+        generator.manual_seed(torch.initial_seed() + rank)
+        return out * (torch.rand(out.shape, generator=generator) > 0.1).to(out.dtype) / 0.9
+
+    model.norm.forward = dropped
+
+
+@mutant(caught_by="gradients.parallel", reports="", tp=BOTH, alone=True)
+def reduction_missing_in_training(model: Any) -> None:
+    """A rank keeps what its own columns gave, as soon as the model trains."""
+    for layer in model.layers:
+        down = layer.mlp.down
+        down.forward = lambda x, down=down, whole=down.forward: F.linear(x, down.weight) if model.training else whole(x)
+
+
 def _load_leniently(model: Any, skip: Callable[[str], bool] = lambda name: False) -> None:
     """Give the model a `load_weights` as many write it: what matches is loaded, what does not is skipped."""
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -512,6 +512,8 @@ class WeightAudit:
     """The first in the order of the first load; no others if that was refused."""
     buffers: tuple[str, ...] = ()
     """Those of the names in `codes` that are buffers."""
+    changed_arguments: tuple[str, ...] = ()
+    """Checkpoint tensors that were handed to `load_weights` and are no longer what they were."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -232,7 +232,7 @@ def _probe(built: standalone.Standalone) -> _Probed:
         tensors = {key: value for key, value in given.items() if isinstance(value, torch.Tensor)}
         before = {key: value.clone() for key, value in tensors.items()}
         found = _call(shown, lambda: function(**given))
-        changed.extend(f"{key} by {name}" for key, value in tensors.items() if not _same(value, before[key]))
+        changed.extend(f"{key} by {name}" for key, value in tensors.items() if not same(value, before[key]))
         return found
 
     def embed_ids(input_ids: torch.Tensor) -> Any:
@@ -276,7 +276,7 @@ def _computes(model: nn.Module) -> bool:
     return all(hasattr(getattr(m, "impl", None), "scale") for m in model.modules() if _vllm.is_attention(m))
 
 
-def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     """To the last bit, and NaN is itself."""
     return (
         ours.shape == theirs.shape
@@ -289,7 +289,7 @@ def _difference(ours: Any, theirs: Any) -> float | None:
     """Largest |ours - theirs|; None unless both are tensors of one shape."""
     if not (isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)) or ours.shape != theirs.shape:
         return None
-    if _same(ours, theirs):
+    if same(ours, theirs):
         return 0.0
     return float((ours.double() - theirs.double()).abs().max())
 
@@ -324,7 +324,7 @@ def _compare_builds(
     """How far a second build with the first one's weights is from it, and which of its buffers differ."""
     unsaved = _Kept.of(second.model).unsaved
     different = tuple(
-        name for name in first.unsaved.keys() & unsaved.keys() if not _same(first.unsaved[name], unsaved[name])
+        name for name in first.unsaved.keys() & unsaved.keys() if not same(first.unsaved[name], unsaved[name])
     )
     state = {n: _local(t) for n, t in second.model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
     shapes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (state, first.saved))

@@ -23,7 +23,7 @@ from genmodel.runners.evidence import (
     WeightAudit,
     kind,
 )
-from genmodel.runners.inspection import attention_layers
+from genmodel.runners.inspection import attention_layers, same
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 Change = Callable[[Tensors], Tensors]
@@ -91,6 +91,7 @@ def audit(
             probes=None,
             reloads=tuple(_reload(loading, held[0])),
             buffers=tuple(name for name in held[0] if name in loading.buffers),
+            changed_arguments=_changed_arguments(loading),
         )
         seen.append(replace(found, probes=_probe(loading, found, held[0])) if probe else found)
 
@@ -151,6 +152,22 @@ def _refusal(load: Callable[[], None]) -> str | None:
         said = str(error).strip().splitlines()
         return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
     return None
+
+
+def _changed_arguments(loading: _Loading) -> tuple[str, ...]:
+    """Tensors of the checkpoint that loading it changes, whenever it does: a loader may keep some until the last.
+
+    Of the real values, for codes are large and positive: `abs_` and `clamp_` would leave them as they are.
+    """
+    given: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def keep(tensors: Tensors) -> Tensors:
+        for name, tensor in tensors:
+            given.append((name, tensor, tensor.clone()))
+            yield name, tensor
+
+    _refusal(lambda: loading.load(keep))  # one that cannot be loaded twice changed what it changed
+    return tuple(name for name, tensor, before in given if not same(tensor, before))
 
 
 def _reload(loading: _Loading, lowest: Mapping[str, torch.Tensor]) -> Iterator[Reload]:

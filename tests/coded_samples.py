@@ -289,6 +289,10 @@ def _without_kv(codes: Tensor) -> Tensor:
     return codes
 
 
+def _embedding_changed(audit: WeightAudit) -> WeightAudit:
+    return replace(audit, changed_arguments=("embed.weight",))
+
+
 def _head_is_embedding(audit: WeightAudit) -> WeightAudit:
     return replace(audit, codes={**audit.codes, "head.weight": audit.codes["embed.weight"]})
 
@@ -330,6 +334,10 @@ FAILING: Mapping[str, Mapping[str, Callable[[Evidence], Evidence]]] = {
         "another model": lambda e: change_reload(e, 1, different=(GATE_UP,)),
         "refused": lambda e: change_reload(e, 2, refused="KeyError: 'gate'"),
         "another model the second time": lambda e: change_reload(e, 0, different=("norm.weight",)),
+    },
+    "weights.arguments_kept": {
+        "everywhere": lambda e: change_audits(e, _embedding_changed),
+        "on one rank": lambda e: change_audits(e, _embedding_changed, sizes=(2,), ranks=(1,)),
     },
     "weights.wrong_shape_refused": {
         "cut to fit": lambda e: change_misfit(e, 0, refused=None),

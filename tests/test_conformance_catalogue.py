@@ -73,6 +73,7 @@ def test_ids_are_frozen() -> None:
         "weights.local_order",
         "weights.replicated",
         "weights.any_order",
+        "weights.arguments_kept",
         "weights.wrong_shape_refused",
         "weights.conversion_refused",
         "weights.unknown_refused",

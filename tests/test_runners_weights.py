@@ -357,6 +357,45 @@ def copied(model: nn.Module, weights: Any) -> None:
         state[name].copy_(tensor)
 
 
+def reassigned(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data - 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.mul_(2),
+        lambda tensor: tensor[..., 0].zero_(),
+        lambda tensor: tensor.data.neg_(),
+        lambda tensor: tensor.unsqueeze_(0),
+        reassigned,
+    ],
+)
+def test_a_loader_that_changes_what_it_is_given(change: Any) -> None:
+    """As it goes, or once it has seen all; in another tensor over the same memory, or in the caller's own."""
+
+    def at_once(model: nn.Module, weights: Any) -> None:
+        for name, tensor in weights:
+            copied(model, [(name, tensor)])
+            if name == "matrix":
+                change(tensor)
+
+    def at_last(model: nn.Module, weights: Any) -> None:
+        kept = dict(weights)
+        copied(model, kept.items())
+        change(kept["matrix"])
+
+    def failing(model: nn.Module, weights: Any) -> None:
+        at_last(model, weights)
+        if hasattr(model, "packed"):
+            raise RuntimeError("packed already")
+        model.packed = True
+
+    assert weights_audit._changed_arguments(loading_of(Tiny(), copied)[0]) == ()
+    for load in (at_once, at_last, failing):
+        assert weights_audit._changed_arguments(loading_of(Tiny(), load)[0]) == ("matrix",)
+
+
 def test_what_copy_takes_is_a_conversion() -> None:
     """It repeats and converts, and never cuts."""
     probes = probed(Tiny(), copied)
@@ -393,7 +432,7 @@ def test_buffers_and_tables_that_are_not_loaded_show() -> None:
     _, held = loading_of(Tiny(), parameters_only)
     assert held["scale"].tolist() == [UNLOADED] * 5
     assert "table" not in held
-    assert probed(Tiny(), parameters_only).integers == ("table",)
+    assert probed(Tiny(), parameters_only).integers == ("matrix",)
     assert loading_of(Tiny())[1]["scale"].min() > 0
 
 

@@ -135,7 +135,9 @@ def arguments_kept(evidence: Evidence) -> Iterator[Measurement]:
     Usual causes:
         An operation in place on an argument, such as `positions += offset`, `inputs_embeds *= scale` or
         `hidden_states.div_(temperature)`. The tensors are the caller's buffers: vLLM's next step, its
-        prompt scores or the trainer's next loss read what is left in them.
+        prompt scores or the trainer's next loss read what is left in them. A pipeline stage may change the
+        `intermediate_tensors` that it is given, and vLLM's fused norms do: before every step vLLM fills its buffers
+        anew with what the stage before sent, and hands them over under keys in a dict of that step.
     How to fix:
         Make a new tensor:
 

@@ -196,6 +196,26 @@ def any_order(evidence: Evidence) -> Iterator[Measurement]:
         yield violations("orders that are refused, or give another model", wrong, _row(ranks))
 
 
+@check(needs=("weights",))
+def arguments_kept(evidence: Evidence) -> Iterator[Measurement]:
+    """`load_weights` leaves the tensors that it is given as they were: values, shapes and dtypes.
+
+    Usual causes:
+        An operation in place on the way to a parameter, such as `tensor.mul_(scale)`, `tensor.t_()` or
+        `tensor.abs_().max()` in a test of the values. In a refit the tensors are the trainer's own weights: it goes on
+        to train what was made of them.
+    How to fix:
+        Make a new tensor, or change the parameter once it is loaded:
+
+            param.data.copy_(tensor * scale)  # not tensor.mul_(scale)
+    Reports:
+        Megatron-Bridge#1637
+    """
+    for ranks in every_audit(evidence):
+        changed = sorted({name for audit in ranks for name in audit.changed_arguments})
+        yield violations("tensors changed in place", changed, row(ranks[0].tensor_parallel_size))
+
+
 @check(needs=("inspection", "weights"))
 def wrong_shape_refused(evidence: Evidence) -> Iterator[Measurement]:
     """A checkpoint tensor of another shape is refused, not cut to fit, filled in part or read in another order.

@@ -27,6 +27,8 @@ ONE_KV_HEAD = TINY_CONFIG | {"num_key_value_heads": 1}
 LARGE = TINY_CONFIG | {"vocab_size": 36011}
 """Nearly ten million elements, more than float32 can tell apart."""
 BOTH = (1, 2)
+WILD = 1e30
+"""No weight is as large."""
 
 
 # Loading ---------------------------------------------------------------------------------------------------
@@ -249,6 +251,38 @@ def experts_placed_where_forward_does_not_know(model: Any) -> None:
         share = len(layer.mlp.experts.mine)
         start = context.get_tensor_parallel_rank() * share
         layer.mlp.experts.mine = list(range(start, start + share))
+
+
+@mutant(caught_by="weights.arguments_kept", reports="Megatron-Bridge#1637", alone=True)
+def values_tested_in_place(model: Any) -> None:
+    """Once all are loaded, what lies out of range is looked for by `abs_`: the trainer's weights lose their signs."""
+    parameters = dict(model.named_parameters())
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loaded: dict[str, Tensor] = {}
+        for name, tensor in weights:
+            _load_one(parameters[name], tensor)
+            loaded[name] = tensor
+        wild = [name for name, tensor in loaded.items() if tensor.abs_().max() > WILD]
+        if wild:
+            raise ValueError(f"larger than {WILD}: {wild}")
+        return set(loaded)
+
+    model.load_weights = load
+
+
+@mutant(caught_by="weights.arguments_kept", reports="Megatron-Bridge#1637", tp=BOTH, alone=True)
+def matrix_turned_in_place_on_one_rank(model: Any) -> None:
+    """`t_` turns the caller's tensor; only a rank that has to cut columns does it."""
+    if _context(model).get_tensor_parallel_rank() == 0:
+        return
+    for layer in model.layers:
+        loader = layer.mlp.down.weight.weight_loader
+
+        def load(parameter: Tensor, full: Tensor, loader: Any = loader) -> None:
+            loader(parameter, full.t_().T)
+
+        layer.mlp.down.weight.weight_loader = load
 
 
 # Sharing ---------------------------------------------------------------------------------------------------

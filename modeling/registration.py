@@ -87,7 +87,7 @@ def resolve(spec: str, *, callable_only: bool = True) -> Any:
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise InterfaceError(no_attribute(module_name, part, getattr(found, "__dict__", ())))
+            raise InterfaceError(no_attribute(module_name, part, dir(found)))
         found = getattr(found, part)
     if callable_only and not callable(found):
         raise InterfaceError(f"{spec} is a {type(found).__name__}, not something that builds a model when called")

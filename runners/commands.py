@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import platform
@@ -16,7 +15,7 @@ import cloudpickle
 import torch
 
 from genmodel import __version__
-from genmodel.modeling import _vllm
+from genmodel.modeling import _vllm, lookup
 from genmodel.modeling.registration import register_model, resolve
 from genmodel.modeling.wrapper import InterfaceError, is_vllm_style, placeholder
 from genmodel.runners import (
@@ -123,11 +122,7 @@ def _architecture(name: str) -> Any:
     try:
         return _vllm.architecture(name)
     except KeyError:
-        close = difflib.get_close_matches(name, _vllm.architectures(), n=3)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise Unusable(
-            f"vLLM {_vllm.version()} has no architecture {name}: {hint}a model of your own is my_pkg.my_module:factory"
-        ) from None
+        raise Unusable(lookup.no_architecture(name, _vllm.architectures())) from None
     except Exception as error:  # noqa: BLE001 - importing a model may fail in any way
         raise Unusable(f"vLLM's {name} cannot be imported here: {type(error).__name__}: {error}") from None
 

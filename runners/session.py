@@ -164,7 +164,7 @@ class Session:
         for option, name in named.items():
             if isinstance(name, str) and _OF_MODULE.fullmatch(name) and (found := lookup.mistake(name)) is not None:
                 return f"--genmodel-{option}: {found}" if option else found
-        return None
+        return None if ":" in options.spec else lookup.unknown_architecture(options.spec)
 
     def resolve(self, options: TargetOptions) -> TargetInfo:
         """Import the target in a host.

@@ -17,7 +17,7 @@ from packaging.version import Version
 AS_THE_FORK_SERVER = """
 import inspect, json, os, sys
 from genmodel.runners import commands  # takes over vLLM's freezing of the heap
-from genmodel.modeling import _vllm
+from genmodel.modeling import _vllm, lookup
 from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 from vllm.platforms import current_platform
 from vllm.v1.engine import core
@@ -37,6 +37,7 @@ print(json.dumps({
     "memory": [theirs >= {"make_group_name", "_init_cpu_shm"}, _CPUSHMDistributed._init_cpu_shm.__module__],
     "kernels": getattr(getattr(type(current_platform), "register_triton_kernel_overrides", None), "__module__", None),
     "version": _vllm.version(),
+    "architectures": lookup.architectures() == set(_vllm.architectures()),
 }))
 """
 
@@ -117,6 +118,11 @@ def test_engines_leave_the_heap_alone(found: dict[str, Any]) -> None:
 def test_ranks_share_memory_of_their_own(found: dict[str, Any]) -> None:
     """Under the names by which vLLM makes it."""
     assert found["memory"] == [True, "genmodel.modeling._vllm"]
+
+
+def test_architectures_are_read_off_the_source(found: dict[str, Any]) -> None:
+    """By modeling/lookup.py, which imports nothing."""
+    assert found["architectures"]
 
 
 def test_kernels_are_registered_once(found: dict[str, Any]) -> None:

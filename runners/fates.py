@@ -8,6 +8,7 @@ So each tells of itself, and the fork server, which reaps them all, of how it en
     TMPDIR of the host/processes/PID.raised   the first exception that vLLM logged in it, or that ended it
     TMPDIR of the host/processes/PID.asked    there if the one that started it asked it to end
     TMPDIR of the host/processes/PID.stacks   Python stacks by faulthandler: of a crash, or when asked by a signal
+    TMPDIR of the host/PID.calls              see runners/progress.py
     TMPDIR of the fork server/deaths          a line for each process that ended, in that order
 
 Light to import: the fork server does, before torch and vLLM.
@@ -81,7 +82,8 @@ def told() -> Iterator[None]:
     stacks = own.with_suffix(".stacks").open("wb")
     _kept.append(stacks)
     faulthandler.enable(stacks)
-    faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
+    signal.signal(signal.SIGUSR1, progress.Calls(Path(tempfile.gettempdir())))
+    faulthandler.register(signal.SIGUSR1, stacks, all_threads=True, chain=True)
     own.with_suffix(".name").write_text(name)
     make = logging.getLogRecordFactory()
 

@@ -49,7 +49,7 @@ class Phase:
 def serve(connection: Connection, rank: int) -> None:
     """Serve commands until told to stop or until the other end is gone."""
     faulthandler.enable()
-    calls = progress.Calls(Path(os.environ["TMPDIR"], progress.CALLS))
+    calls = progress.Calls(Path(os.environ["TMPDIR"]))
     signal.signal(signal.SIGUSR1, calls)
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=True)
     channel = Channel(socket.socket(fileno=os.dup(connection.fileno())), blocking=True)

@@ -356,7 +356,9 @@ class Job:
         if host.ready and progress.stuck(host.process.pid or 0, looks):
             return _with_log(self._failure(inner, host, "timeout", said), host, stack)
         busy = machine.strain(progress.share(looks), self._throttled)
-        return self._failure(inner, host, "slow", f"{said}, but it was getting on ({busy}): raise --genmodel-timeout")
+        said = f"{said}, but it was getting on ({busy}): raise --genmodel-timeout"
+        # A loop that never ends and calls one function after another looks like this, too: say where it was.
+        return _with_log(self._failure(inner, host, "slow", said), host, stack)
 
 
 def _busy(host: _Host) -> tuple[str, int, str] | None:
@@ -405,7 +407,7 @@ def _look(host: _Host) -> tuple[progress.Look, str]:
             found[leader] = _stacks(host.log, leader)
         return found
 
-    return progress.look(leader, host.directory / progress.CALLS, time.monotonic(), stacks), found.get(leader, "")
+    return progress.look(leader, host.directory, time.monotonic(), stacks), found.get(leader, "")
 
 
 def _stacks(log: Path, pid: int) -> str:
@@ -441,7 +443,7 @@ def _with_log(failure: Failure, host: _Host, stacks: str = "") -> Failure:
     """The failure with the model's own frames, which may be in stacks that are not in the log, and the log's end."""
     lines = _read(host.log, host.log_start).splitlines()
     written = [_PREFIX.sub("", line) for line in lines if "resource_tracker" not in line]
-    if not failure.details and failure.kind in ("raised", "died", "timeout"):
+    if not failure.details and failure.kind in ("raised", "died", "timeout", "slow"):
         own = [line for line in [*stacks.splitlines(), *written] if _is_authors(line)]
         parts = {"in the model's own code, innermost first:": own[:SHOWN], "end of the log:": written[-SHOWN:]}
         shown = [line for title, part in parts.items() if part for line in (title, *part)]

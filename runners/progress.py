@@ -27,8 +27,8 @@ IDLE = 0.05
 """Share of a core that a process that only waits may use, most of it for being looked at."""
 CLEAR = 0.4, 0.02
 """Seconds on the CPU, and share of a core, that tell a loop from a process that hardly gets to run."""
-CALLS = "calls"
-"""Where, in its temporary directory, a host counts calls."""
+CALLS = ".calls"
+"""How the file of a process ends in which it counts calls."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 _FRAME = re.compile(r'  File "([^"]*)", line (\d+) in (.*)')
 _OUTERMOST = re.compile(r"^Current thread.*^  (File .* in <module>|\.\.\.)$", re.DOTALL | re.MULTILINE)
@@ -47,6 +47,8 @@ class Seen:
     """Its main thread's calls, the innermost of the author's first: the line of each, but of the first its function."""
     in_model: bool
     """Whether any of these is the author's."""
+    calls: int
+    """How often it was found in another call than at the look before; this look does not count yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +57,28 @@ class Look:
 
     at: float
     """Seconds, by time.monotonic."""
-    calls: int
-    """How often the host was found in another call than at the look before."""
     seen: Mapping[int, Seen]
 
 
-def look(leader: int, calls: Path, at: float, stacks: Callable[[], Mapping[int, str]]) -> Look:
-    """Look at a host's process group; `stacks` asks processes for what faulthandler writes, by their id."""
-    try:
-        count = calls.stat().st_size
-    except OSError:
-        count = 0
+def look(leader: int, directory: Path, at: float, stacks: Callable[[], Mapping[int, str]]) -> Look:
+    """Look at a host's process group.
+
+    Args:
+        leader: the host's process id.
+        directory: where processes count their calls.
+        at: when, by time.monotonic.
+        stacks: asks processes for what faulthandler writes, by their id.
+    """
     states = {}
     for pid in group(leader):
         # Before they are asked, which takes the CPU.
         with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended
-            states[pid] = _state(pid)
+            states[pid] = *_state(pid), _count(directory / f"{pid}{CALLS}")
     texts = stacks()
-    seen = {pid: Seen(used, wants, *_place(texts.get(pid, ""))) for pid, (used, wants) in states.items()}
-    return Look(at, count, seen)
+    return Look(
+        at,
+        {pid: Seen(used, wants, *_place(texts.get(pid, "")), calls) for pid, (used, wants, calls) in states.items()},
+    )
 
 
 def stuck(leader: int, looks: Sequence[Look]) -> bool:
@@ -92,9 +97,7 @@ def stuck(leader: int, looks: Sequence[Look]) -> bool:
     if not at_work:
         return _same_place(leader, looks)
     clear = max(CLEAR[0], CLEAR[1] * seconds)
-    loops = {pid: used[pid] >= clear and _same_place(pid, looks) for pid in at_work}
-    if leader in loops and last.calls - first.calls > 1:  # the first look finds a call that none was compared with
-        loops[leader] = False
+    loops = {pid: used[pid] >= clear and _same_place(pid, looks) and not _called_anew(pid, looks) for pid in at_work}
     in_model = [loops[pid] for pid in at_work if last.seen[pid].in_model]
     return any(in_model) if in_model else all(loops.values())
 
@@ -139,13 +142,13 @@ def is_authors(file: str) -> bool:
 
 
 class Calls:
-    """A host's handler of the signal: notes when it finds another call running than when it was asked before.
+    """A process's handler of the signal: notes when it finds another call running than when it was asked before.
 
     Lines alone do not tell a loop that never ends from a function that is called again and again.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / f"{os.getpid()}{CALLS}"
         self._last: FrameType | None = None
 
     def __call__(self, _number: int, frame: FrameType | None) -> None:
@@ -185,3 +188,16 @@ def _place(stack: str) -> tuple[tuple[str, ...], bool]:
 
 def _same_place(pid: int, looks: Sequence[Look]) -> bool:
     return len({each.seen[pid].place for each in looks if pid in each.seen}) == 1
+
+
+def _called_anew(pid: int, looks: Sequence[Look]) -> bool:
+    """Whether it is in other calls at some looks, though they may be of the same functions."""
+    counts = [each.seen[pid].calls for each in looks if pid in each.seen]
+    return counts[-1] - counts[0] > 1  # the first look finds a call that none was compared with
+
+
+def _count(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

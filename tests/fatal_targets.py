@@ -86,6 +86,16 @@ def loop() -> None:
         pass
 
 
+def call_for_ever() -> None:
+    """Each look at it finds another call, as in a model that is merely slow."""
+    while True:
+        call()
+
+
+def call() -> None:
+    sum(range(100_000))
+
+
 def sleep() -> None:
     time.sleep(3600)
 

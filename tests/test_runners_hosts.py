@@ -266,6 +266,22 @@ def test_a_fault_in_an_engine_of_one_rank_is_told() -> None:
         assert "in load_weights" in found.details
 
 
+def test_what_may_only_be_slow_is_not_blamed_and_shows_where_it_was() -> None:
+    """One call after another, in a host and in a worker for which a host waits."""
+    inspected, deployed = options("factory.call_for_ever", timeout=SOON), options("serving.call_for_ever", timeout=20.0)
+    with Session([inspected, deployed]) as session:
+        evidence = session.collect(inspected, {"inspection"})
+        failures = [evidence.inspection, failure_of(session.collect(deployed, {"deployed"}))]
+    for found, name in zip(failures, ("host 0", "(worker 0|the engine's core)"), strict=True):
+        assert isinstance(found, Failure)
+        assert found.kind == "slow", found
+        assert re.match(rf"{name} gave no answer .*, but it was getting on .*: raise --genmodel-timeout", found.message)
+        assert "in call_for_ever" in found.details, found
+    verdict = catalogue.judge(catalogue.get("interface.builds"), evidence)
+    assert verdict.status is Status.ERROR
+    assert "in call_for_ever" in verdict.details
+
+
 def test_a_worker_that_hangs_is_named() -> None:
     """Rank and frames of the one that computes, not of the one that waits for it."""
     hangs = {name: options(f"serving.{name}", 2, timeout=20.0) for name in ("loop", "block", "wait_for_others")}

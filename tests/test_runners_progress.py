@@ -13,18 +13,22 @@ from pathlib import Path
 import pytest
 
 from genmodel.runners import machine
-from genmodel.runners.progress import CALLS, Look, Seen, look, share, stuck, takes_signal, written
+from genmodel.runners.progress import Look, Seen, look, share, stuck, takes_signal, written
 
 HOST, WORKER, OTHER = 10, 11, 12
 HERE, THERE = ("model.py:forward", "harness.py:7"), ("model.py:mlp", "harness.py:7")
 
 
-def looks(*each: dict[int, tuple[float, bool, tuple[str, ...]]], calls: int = 1) -> list[Look]:
-    """Looks ten seconds apart, each of (seconds on the CPU, wants it, place) by process."""
-    return [
-        Look(10.0 * i, calls if i else 0, {p: Seen(*told, in_model="model" in told[2][0]) for p, told in seen.items()})
-        for i, seen in enumerate(each)
-    ]
+def looks(*each: dict[int, tuple[float, bool, tuple[str, ...]]], anew: int | None = None) -> list[Look]:
+    """Looks ten seconds apart, each of (seconds on the CPU, wants it, place) by process.
+
+    Each finds the process `anew` in another call than the one before it; the first finds all in one.
+    """
+
+    def seen(process: int, i: int, told: tuple[float, bool, tuple[str, ...]]) -> Seen:
+        return Seen(*told, in_model="model" in told[2][0], calls=i if process == anew else min(i, 1))
+
+    return [Look(10.0 * i, {p: seen(p, i, told) for p, told in at.items()}) for i, at in enumerate(each)]
 
 
 def test_a_wait_without_end_is_the_models() -> None:
@@ -38,8 +42,12 @@ def test_a_loop_without_end_is_the_models() -> None:
 
 
 def test_what_calls_the_same_function_again_and_again_gets_on() -> None:
-    """As a model does whose time goes into one line."""
-    assert not stuck(HOST, looks(*({HOST: (10.0 * i, True, HERE)} for i in range(4)), calls=4))
+    """As a model does whose time goes into one line; in a deployed engine, too."""
+    assert not stuck(HOST, looks(*({HOST: (10.0 * i, True, HERE)} for i in range(4)), anew=HOST))
+    waits = HOST, (1.0, False, ("vllm.py:1", "harness.py:3"))
+    deployed = [dict([waits, (WORKER, (9.0 * i, True, HERE))]) for i in range(4)]
+    assert stuck(HOST, looks(*deployed))
+    assert not stuck(HOST, looks(*deployed, anew=WORKER))
 
 
 def test_what_is_elsewhere_at_any_look_gets_on() -> None:
@@ -113,7 +121,7 @@ def program(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[in
     path.write_text(PROGRAM)
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, path, tmp_path / CALLS, request.param],
+            [sys.executable, path, tmp_path, request.param],
             stdout=subprocess.PIPE,
             stderr=file,
             process_group=0,
@@ -141,7 +149,7 @@ def test_real_processes(program: tuple[int, Path], blamed: bool) -> None:
 
     seen = []
     for _ in range(4):
-        seen.append(look(pid, log.parent / CALLS, time.monotonic(), stacks))
+        seen.append(look(pid, log.parent, time.monotonic(), stacks))
         # So long as it takes to use half a second, on a busy machine too.
         until = time.monotonic() + 10.0
         while not blamed and seen[-1].seen[pid].used + 0.3 > _used(pid) and time.monotonic() < until:
@@ -150,7 +158,7 @@ def test_real_processes(program: tuple[int, Path], blamed: bool) -> None:
     until = time.monotonic() + 20.0
     while stuck(pid, seen) != blamed and time.monotonic() < until:
         time.sleep(0.3)
-        seen.append(look(pid, log.parent / CALLS, time.monotonic(), stacks))
+        seen.append(look(pid, log.parent, time.monotonic(), stacks))
     assert stuck(pid, seen) == blamed
 
 

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from genmodel.conformance import text
 from genmodel.conformance.catalogue import UnknownCheck, get
 from genmodel.conformance.verdict import Measurement, Status, Verdict
+from genmodel.runners.protocol import printable
 
 MARKS = {
     Status.PASSED: "✅",
@@ -80,14 +81,14 @@ def html(
 
 def escape_markdown(value: object) -> str:
     """Text that stays text in a paragraph or a cell of a table: one line, no markup, no links, no mentions."""
-    line = " ".join(text.printable(str(value)).split())
+    line = " ".join(printable(str(value)).split())
     line = _LINKS.sub(r"\\\g<0>", _PUNCTUATION.sub(r"\\\1", line))
     return _BLOCK.sub(r"\1\\\2", line)
 
 
 def code_span(value: object) -> str:
     """The text in one line as code; whole inside of tables too."""
-    line = " ".join(text.printable(str(value)).split()).replace("|", "\\|")
+    line = " ".join(printable(str(value)).split()).replace("|", "\\|")
     if not line:
         return ""
     fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", line)), default=0))
@@ -97,7 +98,7 @@ def code_span(value: object) -> str:
 
 def fenced(value: object) -> str:
     """The text as a block of code, the middle of a very long one left out."""
-    block = text.printable(str(value), keep="\n\t")
+    block = printable(str(value), lines=True)
     if len(block) > _LONGEST:
         block = f"{block[: _LONGEST // 2]}\n[… {len(block) - _LONGEST:,} characters …]\n{block[-_LONGEST // 2 :]}"
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", block)), default=0))
@@ -115,7 +116,7 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
     environment.filters |= {
         "number": _number,
         "duration": _duration,
-        "printable": lambda s: text.printable(str(s), "\n\t"),
+        "printable": lambda s: printable(str(s), lines=True),
     }
     return environment
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,13 +10,11 @@ from typing import Any
 
 from genmodel.conformance.catalogue import GROUPS, Check, all_checks
 from genmodel.conformance.verdict import REFERENCE, Measurement, Status, Verdict
+from genmodel.runners.protocol import printable
 
 WIDTH = 80
 TABLE_LEGEND = "passed/judged, then the worst error as a share of its tolerance; ! marks what did not hold"
 _MEASUREMENTS_SHOWN = 6
-_LONGEST = 100_000
-"""Characters that are kept of any one text of a verdict."""
-_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _BROKEN = (Status.FAILED, Status.ERROR, Status.XPASSED)
 
 
@@ -56,34 +53,15 @@ def summary(verdict: Verdict) -> str:
     return f"{worst.where}, {worst.what}: {against(worst)}{detail}"
 
 
-def printable(value: str, keep: str = "") -> str:
-    """Text that every terminal, file and serialiser takes, whatever a model has put into it.
-
-    A terminal's colours go, other white space becomes a space, and control characters and unpaired surrogates are
-    spelt out.
-
-    Args:
-        value: any text.
-        keep: white space that stays as it is, such as line breaks.
-    """
-    if len(value) > _LONGEST:
-        value = f"{value[: _LONGEST // 2]}[… {len(value) - _LONGEST:,} characters …]{value[-_LONGEST // 2 :]}"
-    if value.isprintable():
-        return value
-    return "".join(
-        c if c.isprintable() or c in keep else " " if c.isspace() else ascii(c)[1:-1] for c in _COLOUR.sub("", value)
-    )
-
-
 def printable_verdict(verdict: Verdict) -> Verdict:
     """The verdict with all of its text printable: only details and diagnosis have several lines."""
     return replace(
         verdict,
         reason=printable(verdict.reason),
-        details=printable(verdict.details, keep="\n\t"),
-        diagnosis=printable(verdict.diagnosis, keep="\n\t"),
+        details=printable(verdict.details, lines=True),
+        diagnosis=printable(verdict.diagnosis, lines=True),
         measurements=tuple(
-            replace(m, what=printable(m.what), where=printable(m.where), detail=printable(m.detail, keep="\n"))
+            replace(m, what=printable(m.what), where=printable(m.where), detail=printable(m.detail, lines=True))
             for m in verdict.measurements
         ),
     )
@@ -92,7 +70,7 @@ def printable_verdict(verdict: Verdict) -> Verdict:
 def printable_json(value: Any) -> Any:
     """Plain JSON with all of its text printable."""
     if isinstance(value, str):
-        return printable(value, keep="\n\t")
+        return printable(value, lines=True)
     if isinstance(value, Mapping):
         return {printable_json(key): printable_json(item) for key, item in value.items()}
     return [printable_json(item) for item in value] if isinstance(value, list) else value

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sysconfig
 import tempfile
 import traceback
-import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ NOT_THE_AUTHORS = (
 LONGEST_LINE = 4_000
 LONGEST_TEXT = 100_000
 """Characters that are kept of a text of a model's, by whether it has to be one line."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NO_ROOM_SAID = os.strerror(errno.ENOSPC)
 
@@ -95,22 +96,23 @@ def describe_failure(error: BaseException, scenario: str, rank: int, phase: str)
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Text of a model's as it can be shown anywhere, and be written to any file.
+    """Text that every terminal, file and serialiser takes, whatever a model has put into it.
 
-    What a terminal would obey, such as ESC, and what no file can hold, such as half of a surrogate pair, is spelt out.
+    A terminal's colours go, and white space other than a space becomes one. What a terminal would obey, such as ESC,
+    and what no file can hold, such as half of a surrogate pair, is spelt out. The middle of what is too long goes.
 
     Args:
-        text: whatever a model made.
-        lines: whether line breaks may stay; else it becomes one line.
+        text: any text.
+        lines: whether line breaks and tabs may stay; else it becomes one line.
     """
-    most = LONGEST_TEXT if lines else LONGEST_LINE
+    most, kept = (LONGEST_TEXT, "\n\t") if lines else (LONGEST_LINE, "")
     if len(text) > most:
         text = f"{text[: most // 2]} [... {len(text) - most:,} characters ...] {text[-(most // 2) :]}"
     if text.isprintable():
         return text
-    if lines:
-        return "".join(c if c in "\n\t" else _spelt(c) for c in text)
-    return " ".join("".join(map(_spelt, line)) for line in text.replace("\t", " ").splitlines())
+    return "".join(
+        c if c.isprintable() or c in kept else " " if c.isspace() else ascii(c)[1:-1] for c in _COLOUR.sub("", text)
+    )
 
 
 def printable_failure(failure: Failure) -> Failure:
@@ -154,12 +156,6 @@ def _said(error: BaseException) -> str:
         return str(error)[: LONGEST_TEXT + 1]
     except BaseException as another:  # noqa: BLE001 - it is the model's code
         return f"(and its text cannot be had: {type(another).__name__})"
-
-
-def _spelt(character: str) -> str:
-    if character.isprintable() or unicodedata.category(character) == "Zs":
-        return character
-    return character.encode("unicode_escape").decode()
 
 
 def _speaks_for_itself(error: BaseException) -> bool:

@@ -83,7 +83,7 @@ def main() -> None:
             config=m.config,
         )
         for m in MUTANTS
-        if arguments.mutants and m.caught_by.startswith("logits.") and m.caught_by != "logits.batching"
+        if arguments.mutants and m.checks[0].startswith("logits.") and m.checks[0] != "logits.batching"
     }
     right: dict[str, list[float]] = defaultdict(list)
     wrong: dict[str, float] = {}

@@ -43,20 +43,13 @@ def gradients(evidence: Evidence) -> Gradients:
         NotApplicable: for models built of vLLM's own layers, which do not train.
         NoEvidence: if the scenario failed or was not run.
     """
-    if inspection(evidence).native:
-        raise NotApplicable("built of vLLM's own layers, whose parameters are created with requires_grad=False")
+    _require_training(evidence)
     return _present(evidence.gradients, "gradients", REFERENCE)
 
 
 def precision(evidence: Evidence) -> Precision:
-    """In which dtypes the target computes outside any engine, and how large its values are.
-
-    Raises:
-        NotApplicable: for models built of vLLM's own layers, which do not train.
-        NoEvidence: if the scenario failed or was not run.
-    """
-    if inspection(evidence).native:
-        raise NotApplicable("built of vLLM's own layers, which do not train")
+    """In which dtypes the target computes outside any engine, and how large its values are; raises as `gradients`."""
+    _require_training(evidence)
     return _present(evidence.precision, "precision", REFERENCE)
 
 
@@ -131,8 +124,7 @@ def whole_model(evidence: Evidence) -> WeightAudit:
 
 def rank_gradients(evidence: Evidence, size: int) -> tuple[RankGradients, ...]:
     """The gradients of every rank of a standalone process group; raises what `gradients` and `audits` do."""
-    if inspection(evidence).native:
-        raise NotApplicable("built of vLLM's own layers, whose parameters are created with requires_grad=False")
+    _require_training(evidence)
     if evidence.uncoded:
         raise NotApplicable(evidence.uncoded)
     return _present(evidence.parallel_gradients.get(size) or None, "parallel_gradients", row(size))
@@ -144,6 +136,12 @@ def whole_gradients(evidence: Evidence) -> RankGradients:
         return rank_gradients(evidence, 1)[0]
     except NoEvidence as absent:
         raise _nothing_to_compare(evidence, absent) from None
+
+
+def _require_training(evidence: Evidence) -> None:
+    """Raise NotApplicable for models that do not train."""
+    if inspection(evidence).native:
+        raise NotApplicable("built of vLLM's own layers, whose parameters are created with requires_grad=False")
 
 
 def _nothing_to_compare(evidence: Evidence, absent: NoEvidence) -> NoEvidence | NotApplicable:

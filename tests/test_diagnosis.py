@@ -321,7 +321,7 @@ def diagnosed(session: Session, fault: Mutant | Fault) -> Finding | None:
     """The first finding in the scenarios of the check that catches the fault."""
     options = OPTIONS[fault.name]
     session.collect(options, {"inspection"})
-    needs = catalogue.get(fault.caught_by).needs if isinstance(fault, Mutant) else {"plain"}
+    needs = catalogue.get(fault.checks[0]).needs if isinstance(fault, Mutant) else {"plain"}
     for scenario in [name for name in ENGINE_SCENARIOS if name in needs] or ["plain"]:
         made = session.diagnose(options, scenario, max(options.tensor_parallel_sizes))
         assert isinstance(made, ModuleRun), made

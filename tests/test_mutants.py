@@ -37,9 +37,11 @@ def session() -> Iterator[Session]:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutant_is_caught(session: Session, mutant: Mutant) -> None:
-    """The named check fails, on measured numbers rather than for want of evidence."""
-    check = catalogue.get(mutant.caught_by)
-    evidence = session.collect(OPTIONS[mutant.name], check.needs | {"inspection"})
-    verdict = catalogue.judge(check, evidence)
-    assert verdict.status is Status.FAILED, verdict
-    assert any(not m.ok for m in verdict.measurements), verdict.reason
+    """The named checks fail, on measured numbers rather than for want of evidence."""
+    checks = [catalogue.get(name) for name in mutant.checks]
+    needs = frozenset[str]().union(*(check.needs for check in checks))
+    evidence = session.collect(OPTIONS[mutant.name], needs | {"inspection"})
+    for check in checks:
+        verdict = catalogue.judge(check, evidence)
+        assert verdict.status is Status.FAILED, verdict
+        assert any(not m.ok for m in verdict.measurements), verdict.reason

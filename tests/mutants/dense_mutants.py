@@ -31,8 +31,8 @@ class Mutant:
 
     name: str
     factory: Factory
-    caught_by: str
-    """Id of the check that must fail."""
+    caught_by: str | tuple[str, ...]
+    """Id of the check that must fail, or of several."""
     reports: str
     """Public bug reports of the class; empty where we know of none."""
     tp: tuple[int, ...]
@@ -42,13 +42,18 @@ class Mutant:
     config: str | None = None
     """What it is configured by, as "module:attr"; None means the tiny default."""
 
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """Ids of all checks that must fail."""
+        return (self.caught_by,) if isinstance(self.caught_by, str) else self.caught_by
+
 
 MUTANTS: list[Mutant] = []
 
 
 def mutant(
     *,
-    caught_by: str,
+    caught_by: str | tuple[str, ...],
     reports: str,
     tp: tuple[int, ...] = (1,),
     of: Any = dense,

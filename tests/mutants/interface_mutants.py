@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from genmodel.modeling._vllm import engine_config
@@ -82,13 +81,6 @@ def buffer_drawn_in_the_engine(model: Any) -> None:
     model.register_buffer("jitter", 0.01 * torch.randn(model.config.hidden_size), persistent=False)
     forward = model.norm.forward
     model.norm.forward = lambda x: forward(x) + model.jitter
-
-
-@mutant(caught_by="interface.repeatable", reports="#43631", alone=True)
-def dropout_in_every_engine(model: Any) -> None:
-    """`F.dropout(x, p)` acts in evaluation mode too."""
-    forward = model.norm.forward
-    model.norm.forward = lambda x: F.dropout(forward(x), 0.1)
 
 
 # Arguments -----------------------------------------------------------------------------------------------

@@ -207,9 +207,9 @@ def bias_dropped_from_backward_under_autocast(model: Any) -> None:
 # Chance in evaluation ------------------------------------------------------------------------------------
 
 
-@mutant(caught_by="gradients.train_eval", reports="", alone=True)
+@mutant(caught_by=("gradients.train_eval", "interface.repeatable"), reports="#43631", alone=True)
 def dropout_without_training(model: Any) -> None:
-    """`F.dropout(x, p)`, whose default is to drop."""
+    """`F.dropout(x, p)`, whose default is to drop: in evaluation mode and in every engine too."""
     forward = model.norm.forward
     model.norm.forward = lambda x: F.dropout(forward(x), 0.1)
 

@@ -11,6 +11,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import inspect
+import logging
 import os
 import platform
 import sys
@@ -322,6 +323,34 @@ def model_config(model_dir: str, dtype: str) -> VllmConfig:
         raise Refused(" ".join(str(error).split()) or type(error).__name__) from error
 
 
+def turned_off(model_dir: str) -> tuple[str, str]:
+    """Why vLLM's engines of this model go without prefix caching, and without chunked prefill; empty where they do not.
+
+    The model's kind and the platform decide that, such as latent attention on most CPUs.
+
+    Raises:
+        Refused: if vLLM, or transformers, does not take config.json.
+    """
+    from vllm import logger
+
+    said_once: Any = getattr(logger, "_print_info_once", None)
+    if hasattr(said_once, "cache_clear"):
+        said_once.cache_clear()  # else vLLM gives the reason for the first config of a process only
+    with _heard("vllm", logging.DEBUG) as lines:
+        config = model_config(model_dir, "float32")
+    cached, chunked = config.cache_config.enable_prefix_caching, config.scheduler_config.enable_chunked_prefill
+    return (
+        "" if cached else _why_off("prefix caching", lines),
+        "" if chunked else _why_off("chunked prefill", lines),
+    )
+
+
+def _why_off(what: str, lines: list[str]) -> str:
+    """A sentence, with vLLM's own reason if it gave one."""
+    said = next((line for line in lines if what in line and ("disab" in line or "not support" in line)), "")
+    return f"vLLM turns {what} off for this model" + (f": {said.rstrip('.')}" if said else "")
+
+
 def keep_imports_frozen() -> None:
     """Keep the garbage collector off what imports made, for this process's whole life.
 
@@ -372,23 +401,32 @@ def import_engine() -> None:
 
 def is_text_generation_model(model_class: type[nn.Module]) -> tuple[bool, str]:
     """vLLM's own verdict on the class, and what it logged while forming it."""
-    import logging
-
     from vllm.model_executor.models.interfaces_base import is_text_generation_model as verdict
 
+    with _heard("vllm.model_executor.models.interfaces_base", logging.WARNING) as lines:
+        accepted = bool(verdict(model_class))
+    return accepted, "; ".join(lines)
+
+
+@contextlib.contextmanager
+def _heard(name: str, level: int) -> Iterator[list[str]]:
+    """What a logger, or one below it, is told meanwhile, whatever is shown of that."""
     lines: list[str] = []
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    logger, handler = logging.getLogger("vllm.model_executor.models.interfaces_base"), Collect(logging.WARNING)
+    logger, handler = logging.getLogger(name), Collect(level)
+    shown = logger.level
     logger.addHandler(handler)
+    if not logger.isEnabledFor(level):
+        logger.setLevel(level)
     try:
-        accepted = bool(verdict(model_class))
+        yield lines
     finally:
+        logger.setLevel(shown)
         logger.removeHandler(handler)
-    return accepted, "; ".join(lines)
 
 
 def compiles(model: nn.Module) -> bool:

@@ -268,6 +268,10 @@ class Inspection:
     rebuilt_buffers: tuple[str, ...] = ()
     """Buffers that differ between the two and are in no checkpoint."""
     notes: tuple[str, ...] = ()
+    no_prefix_caching: str = ""
+    """Why vLLM turns that off for this model, unasked; empty if it does not."""
+    no_chunked_prefill: str = ""
+    """The same of chunked prefill."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

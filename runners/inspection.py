@@ -115,6 +115,7 @@ def inspect_target(
     except InterfaceError:
         model_class_for_vllm = target  # a vLLM-style class that lacks methods: `problems` has them
     accepted, said = _vllm.is_text_generation_model(model_class_for_vllm)
+    no_prefix_caching, no_chunked_prefill = _vllm.turned_off(model_dir)
     if geometry.get("vocab_size", 2) < 2:
         raise InterfaceError(f"compute_logits gives {geometry['vocab_size']} logits for each token: {TOO_FEW}")
     return Inspection(
@@ -146,6 +147,8 @@ def inspect_target(
         changed_arguments=tuple(dict.fromkeys(probed.changed)),
         rebuilt_difference=difference,
         rebuilt_buffers=buffers,
+        no_prefix_caching=no_prefix_caching,
+        no_chunked_prefill=no_chunked_prefill,
         notes=tuple(
             f"{name} is {value}, taken from the model: it does not read its config" for name, value in geometry.items()
         ),

@@ -250,7 +250,9 @@ def _embedded_unproven(traces: Sequence[Trace], asked: Asked) -> str:
 
 
 def _refit_unproven(traces: Sequence[Trace], asked: Asked) -> str:
-    if not any(c.cached_tokens for c in traces[0].continuations):
+    cached = any(c.cached_tokens for c in traces[0].continuations)
+    # Without a cache nothing in it can be stale, and whatever else the old weights left behind shows all the same.
+    if not cached and not asked.inspection.no_prefix_caching:
         return "the prefix cache was never read, so nothing stale could show"
     return _eager_unproven(traces, asked)
 
@@ -387,6 +389,7 @@ ENGINE_SCENARIOS = {
             name="cached",
             passes=(Pass(name="cached", batches=_same_prefix, score_prompt=False),),
             unproven=_cached_unproven,
+            inapplicable=lambda inspection: inspection.no_prefix_caching,
         ),
         Scenario(
             name="refit",
@@ -405,6 +408,7 @@ ENGINE_SCENARIOS = {
             unproven=_chunked_unproven,
             # Not a multiple of the block size, so that a chunk ends inside a block.
             options=lambda plan: {"max_num_batched_tokens": 2 * BLOCK_SIZE - 13, "enable_chunked_prefill": True},
+            inapplicable=lambda inspection: inspection.no_chunked_prefill,
         ),
         Scenario(
             name="preempted",

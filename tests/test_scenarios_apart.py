@@ -143,6 +143,42 @@ def test_an_engine_that_does_not_take_the_path_is_an_error_of_the_harness(
     assert unproven(evidence) == {f"{name} at TP=1 did not take its path: {said}"}
 
 
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="with AMX, vLLM leaves both on for latent attention")
+def test_what_vllm_turns_off_for_a_model_does_not_apply_to_it(session: Session, tmp_path: Path) -> None:
+    """With vLLM's own reason; refits take place without a prefix cache."""
+    save_tiny(DEEPSEEK, tmp_path)
+    options = TargetOptions(spec=DEEPSEEK, tensor_parallel_sizes=(1,), weights=tmp_path, timeout=400)
+    evidence = session.collect(options, {"inspection", "reference", "chunked", "cached", "refit"})
+    reason = "MLA is enabled on a non-GPU platform; forcing chunked prefill and prefix caching to be disabled"
+    for name, what in {"chunked_prefill": "chunked prefill", "prefix_cache": "prefix caching"}.items():
+        verdict = catalogue.judge(catalogue.get(f"scheduling.{name}"), evidence)
+        assert verdict.status is Status.NOT_APPLICABLE
+        assert verdict.reason == f"vLLM turns {what} off for this model: {reason}"
+    refits = {key: found(traces) for key, traces in evidence.traces.items()}
+    assert len(refits) == 5
+    assert not any(c.cached_tokens for trace in refits.values() for c in trace.continuations)
+    judged = [catalogue.judge(check, evidence) for check in catalogue.select(groups=["refit"])]
+    assert {verdict.status for verdict in judged} <= {Status.PASSED, Status.FAILED}  # its kernel is wrong, see DEEPSEEK
+
+
+def test_a_refit_need_not_read_a_cache_that_vllm_turns_off() -> None:
+    """And must, for any other model."""
+    import evidence_samples
+
+    clean = evidence_samples.clean()
+    traces = clean.traces["refit.before", 1]
+    inspection = clean.inspection
+    assert not isinstance(traces, Failure)
+    assert inspection is not None
+    assert not isinstance(inspection, Failure)
+    unread = [replace(c, cached_tokens=0) for c in traces[0].continuations]
+    asked = scenarios.Asked(inspection=inspection, dtype="float32", tensor_parallel_size=1)
+    without = replace(asked, inspection=replace(inspection, no_prefix_caching="latent attention"))
+    refit = [replace(traces[0], continuations=tuple(unread))]
+    assert ENGINE_SCENARIOS["refit"].unproven(refit, asked) == WITHOUT_ITS_PATH["refit"][2]
+    assert ENGINE_SCENARIOS["refit"].unproven(refit, without) == ""
+
+
 def test_requests_that_run_together_are_not_alone(session: Session) -> None:
     """Its path is in its batches, which no option takes away: here its proof gets another scenario's trace."""
     plain = session.collect(of_reference("dense"), {"inspection", "plain"})

@@ -138,6 +138,22 @@ def is_attention(module: nn.Module) -> bool:
     return base is not None and isinstance(module, base.AttentionLayerBase)
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Whether this is vLLM's layer of routed experts, under any of the names that its class has had."""
+    home = "vllm.model_executor.layers.fused_moe"
+    bases = type(module).__mro__
+    return any(base.__name__ in ("MoERunner", "FusedMoE") and base.__module__.startswith(home) for base in bases)
+
+
+def call_experts_directly(layer: Any) -> None:
+    """Not by its name and as a custom operation, which is registered for one kind of device."""
+
+    def call(hidden: Any, logits: Any, shared: Any, input_ids: Any, *_: Any) -> Any:
+        return layer._forward_impl(hidden, logits, shared, input_ids)
+
+    layer._forward_entry = call
+
+
 def refuses_layer_name(name: str, model_type: str) -> str:
     """Why vLLM cannot tell which layer's KV cache to file under `name`; empty if it can."""
     from vllm.model_executor.models.utils import extract_layer_index

@@ -249,15 +249,29 @@ def _make_weights(state: State, spec: Spec) -> tuple[dict[str, torch.Tensor], di
         return hugging_face.adversarial_checkpoint(origin, Path(spec.directory), spec.seed), {}
     try:
         with standalone.build(origin, _vllm.model_config(spec.directory, "float32"), torch.float32) as built:
+            _published_names_only(built.model)
             shapes = standalone.checkpoint_shapes(built.model)
             made = checkpoint.adversarial_weights(built.model, shapes, spec.seed)
             return made, checkpoint.adversarial_buffers(built.model, spec.seed)
+    except Unusable:
+        raise
     except Exception as error:
         if spec.reference is None:
             raise
         raise Unusable(
             f"--genmodel-reference={spec.reference} does not build: {type(error).__name__}: {error}"
         ) from None
+
+
+def _published_names_only(model: torch.nn.Module) -> None:
+    """Refuse a model whose own names no checkpoint can have: vLLM's experts lie in one tensor and load one by one."""
+    experts = next((name for name, module in model.named_modules() if _vllm.is_experts(module)), None)
+    if experts is not None:
+        raise Unusable(
+            f"weights cannot be made for {experts}, which vLLM loads from the names of published checkpoints only: "
+            "name a reference that has those names, --genmodel-reference=transformers:NAME, or a checkpoint, "
+            "--genmodel-weights=DIRECTORY"
+        )
 
 
 def _buffers_of_both(state: State, spec: Spec, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

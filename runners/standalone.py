@@ -20,7 +20,7 @@ from genmodel.modeling import _vllm
 from genmodel.modeling.loading import load_weights, loadable
 from genmodel.modeling.parallel_context import ParallelContext
 from genmodel.modeling.wrapper import call_factory, is_vllm_style
-from genmodel.runners import hugging_face, native_attention
+from genmodel.runners import hugging_face, native_attention, native_experts
 from genmodel.runners.protocol import Unusable
 
 
@@ -30,7 +30,7 @@ class Standalone:
 
     model: nn.Module
     native: bool
-    """Whether it has vLLM's own attention layers, evaluated here with SDPA."""
+    """Whether it has vLLM's own attention layers, evaluated here in plain PyTorch."""
     vllm_config: Any
     refused: tuple[str, ...] = ()
     """Which of those layers cannot be evaluated here, and why: the model can be inspected and is no reference."""
@@ -50,7 +50,7 @@ class Standalone:
         if self.refused:
             more = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
             raise Unusable(
-                f"a reference cannot be made of this model, whose attention plain PyTorch does not know: "
+                f"a reference cannot be made of this model, part of which plain PyTorch does not know: "
                 f"{self.refused[0]}{more}; name another one, --genmodel-reference=my_pkg.my_module:factory"
             )
 
@@ -105,7 +105,7 @@ def build(
             model = call_factory(target, vllm_config, given)
         _vllm.use_plain_linear(model)
         native = any(_vllm.is_attention(m) and hasattr(getattr(m, "impl", None), "scale") for m in model.modules())
-        refused = native_attention.evaluate(model)
+        refused = [*native_attention.evaluate(model), *native_experts.evaluate(model)]
         yield Standalone((model.to(dtype) if cast else model).eval(), native, vllm_config, tuple(refused))
 
 

@@ -432,7 +432,7 @@ def test_buffers_and_tables_that_are_not_loaded_show() -> None:
     _, held = loading_of(Tiny(), parameters_only)
     assert held["scale"].tolist() == [UNLOADED] * 5
     assert "table" not in held
-    assert probed(Tiny(), parameters_only).integers == ("matrix",)
+    assert probed(Tiny(), parameters_only).integers == ("table",)
     assert loading_of(Tiny())[1]["scale"].min() > 0
 
 

@@ -331,6 +331,8 @@ class TrainingMode:
 
     reason: str = ""
     """Why there are none; else empty."""
+    refused: bool = False
+    """Whether that is because the model does not take such inputs."""
     derivatives: tuple[Derivative, ...] = ()
     """Along directions that every trainable parameter takes part in."""
     lengths: tuple[int, ...] = ()
@@ -338,6 +340,57 @@ class TrainingMode:
     loss: float = 0.0
     recording_difference: float = 0.0
     """|loss while autograd records - loss under no_grad|."""
+
+
+FEW = 8
+"""Elements below which a gradient has no direction to speak of: what rounding makes of one number is anything."""
+
+Layout = Literal["alone", "packed", "batch"]
+Given = Literal["input_ids", "inputs_embeds", "constant inputs_embeds"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstGradient:
+    """The gradient of the parameter that is furthest from what it should be, in norms."""
+
+    parameter: str
+    error: float
+    """Of the difference."""
+    norm: float
+    """Of what it should be."""
+    largest: float
+    """Of the largest gradient of any parameter."""
+    noise: float = 0.0
+    """Of what rounding each operation, and each addition of long sums, changes; 0 in float64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way to run the model, dropout off, against evaluation of each sequence alone in float64."""
+
+    layout: Layout
+    """Each sequence alone, all laid end to end, or [batch, tokens]."""
+    given: Given
+    """Constants are embeddings that need no gradient; their gradients are not compared."""
+    training: bool
+    recording: bool
+    """Whether autograd records."""
+    reason: str = ""
+    """Why the model cannot be run so; else empty."""
+    difference: float = 0.0
+    """|outputs - what they should be| / |what they should be|, of hidden states or of logits."""
+    noise: float = 0.0
+    """What rounding each operation, and each addition of long sums, makes of it; 0 in float64."""
+    gradient: WorstGradient | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ways:
+    """All of them in one dtype."""
+
+    ways: tuple[Way, ...] = ()
+    reason: str = ""
+    """Why there are none; else empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -401,6 +454,10 @@ class Gradients:
     """By name: "training" of single sequences, "batch" of [batch, tokens]."""
     low_precision: dict[str, LowPrecision] = field(default_factory=dict)
     """By name: "bfloat16" and "autocast"."""
+    ways: Ways = field(default_factory=Ways)
+    """In float64, which has no noise to speak of."""
+    float32_ways: Ways = field(default_factory=Ways)
+    """In float32, the engine's dtype, against float64."""
 
 
 MOST_DIGITS = 2

@@ -14,8 +14,8 @@ from torch import nn
 
 from genmodel.modeling.attention import TrainableAttention, packed_sequences
 from genmodel.modeling.wrapper import accepts
-from genmodel.runners import coding, derivatives, low_precision, training_modes
-from genmodel.runners.evidence import Gradients, Packing, ParameterGradient, TrainingMode
+from genmodel.runners import coding, derivatives, low_precision, training_modes, ways
+from genmodel.runners.evidence import Gradients, Layout, Packing, ParameterGradient, TrainingMode
 from genmodel.runners.standalone import Standalone
 from genmodel.runners.workload import edge_tokens
 
@@ -48,12 +48,21 @@ def measure(built: Standalone, seed: int) -> Gradients:
     packing, reason = _packing(built, batch)
     modes = _modes(built, batch[0])
     deterministic = modes["undropped"] is not None
+    directional = {
+        name: _directional(built, batch, parameter, gradients[name], value, generator)
+        for name, parameter in trainable.items()
+    }
+    rows = torch.stack([batch[0], _tokens(_taken(built, (1,))[1], len(batch[0]), generator)])
+    trained = _training(built, batch, rows, trainable, generator)
+    groups: dict[tuple[Layout, ...], Sequence[torch.Tensor]] = {
+        ("alone", "packed") if ways.can_be_packed(model) else ("alone",): batch
+    }
+    if not trained["batch"].refused:
+        groups["batch",] = rows.unbind()
+    wide, narrow = ways.measure(model, trainable, groups, training=deterministic)
     return Gradients(
         loss=value,
-        parameters={
-            name: _directional(built, batch, parameter, gradients[name], value, generator)
-            for name, parameter in trainable.items()
-        },
+        parameters=directional,
         frozen=tuple(name for name, p in model.named_parameters() if not p.requires_grad),
         attention_inputs=reached,
         future_leak=future,
@@ -69,10 +78,12 @@ def measure(built: Standalone, seed: int) -> Gradients:
         lengths=tuple(map(len, batch)),
         unjudged_attention_inputs=unjudged,
         undropped_difference=modes["undropped"],
-        modes=_training(built, batch, trainable, generator),
+        modes=trained,
         low_precision=low_precision.measure(
             model, lambda: training_loss(built, batch[:1]), trainable, training=deterministic
         ),
+        ways=wide,
+        float32_ways=narrow,
     )
 
 
@@ -374,12 +385,12 @@ def _modes(built: Standalone, tokens: torch.Tensor) -> dict[str, Any]:
 def _training(
     built: Standalone,
     batch: list[torch.Tensor],
+    rows: torch.Tensor,
     trainable: Mapping[str, nn.Parameter],
     generator: torch.Generator,
 ) -> dict[str, TrainingMode]:
     """Derivatives in training mode, of sequences one by one and as [batch, tokens]."""
     sequences = [*batch, *_beyond_windows(built, batch, generator)]
-    rows = torch.stack([batch[0], _tokens(_taken(built, (1,))[1], len(batch[0]), generator)])
     with training_modes.passes(built.model) as begin:
 
         def trained(loss: Callable[[], torch.Tensor], plain: list[torch.Tensor]) -> TrainingMode:
@@ -394,7 +405,7 @@ def _training(
         refusal = _refuses_batch(built, rows)
         return {
             "training": trained(lambda: training_loss(built, sequences, train), sequences),
-            "batch": TrainingMode(reason=refusal)
+            "batch": TrainingMode(reason=refusal, refused=True)
             if refusal
             else trained(lambda: _batch_loss(built, rows, train), list(rows)),
         }
@@ -412,10 +423,11 @@ def _beyond_windows(built: Standalone, batch: list[torch.Tensor], generator: tor
         yield _tokens(vocab, length, generator)
 
 
-def _batched(built: Standalone, rows: torch.Tensor) -> torch.Tensor:
+def _batched(built: Standalone, rows: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
     """Hidden states of token ids [B, T], in one pass."""
-    positions = torch.arange(rows.shape[1]).expand_as(rows).contiguous()
-    states: torch.Tensor = built.model(input_ids=rows, positions=positions)
+    if positions is None:
+        positions = torch.arange(rows.shape[1]).expand_as(rows)
+    states: torch.Tensor = built.model(input_ids=rows, positions=positions.contiguous())
     return states
 
 
@@ -429,7 +441,16 @@ def _batch_loss(built: Standalone, rows: torch.Tensor, begin: Callable[[], None]
 
 @torch.no_grad()
 def _refuses_batch(built: Standalone, rows: torch.Tensor) -> str:
-    """Why the model cannot be given [B, T]; empty if it can."""
+    """Why the model does not take [B, T]; empty if it takes it, rightly or not.
+
+    A model that does not take batches says so: it raises, or what it gives has not the shape of a batch, as where
+    tokens are flattened and stay so. One that gives [B, T, hidden] claims a state for each token of each row, and a
+    trainer that reads them has no other sign that rows saw each other. So does a model that was written for
+    flattened tokens and whose layers happen to keep the shape: it is told from one that is right by what it
+    computes, and has to raise. Models of vLLM's own layers, which are called with flattened tokens only, are not
+    measured here at all. [tokens, batch], Megatron's order, is another input; it is known by giving the rows' states
+    if they are laid out so.
+    """
     alone = torch.stack([built.hidden(row) for row in rows])
     given = f"forward(input_ids={list(rows.shape)}, positions={list(rows.shape)})"
     try:
@@ -438,10 +459,25 @@ def _refuses_batch(built: Standalone, rows: torch.Tensor) -> str:
         return f"{given} raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if together.shape != alone.shape:
         return f"{given} gives {list(together.shape)}: the model takes flattened tokens only"
-    difference, scale = float((together - alone).abs().max()), float(alone.abs().max())
-    if not difference <= BATCHED * scale:
-        return f"{given} is not its rows alone (off by {difference:.3g}): the model takes flattened tokens only"
+    transposed = _tokens_first(built, rows)
+    if transposed is not None and _close(transposed, alone) and not _close(together, alone):
+        return f"{given} is taken for {list(rows.mT.shape)}: the model takes [tokens, batch]"
     return ""
+
+
+def _tokens_first(built: Standalone, rows: torch.Tensor) -> torch.Tensor | None:
+    """Hidden states [B, T, C] of a model that takes [T, B]; None if it does not."""
+    positions = torch.arange(rows.shape[1])[:, None].expand_as(rows.mT)
+    try:
+        states = _batched(built, rows.mT.contiguous(), positions)
+    except Exception:  # noqa: BLE001 - in whatever way it refuses
+        return None
+    return states.transpose(0, 1) if states.shape[:-1] == rows.mT.shape else None
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """But for the order of additions."""
+    return float((one - other).abs().max()) <= BATCHED * float(other.abs().max())
 
 
 def _optimise(built: Standalone, batch: list[torch.Tensor]) -> tuple[float, ...]:

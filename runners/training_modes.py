@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from genmodel.runners import coding, derivatives
@@ -87,6 +88,15 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def backward(value: torch.Tensor) -> None:
+    """`value.backward()` in which modes entered around it are active.
+
+    A tensor's backward is handed to them as a call like any other, and while a mode handles one it is off: reentrant
+    checkpointing would compute its activations without it. That of an edge of the graph is not.
+    """
+    torch.autograd.backward(get_gradient_edge(value), torch.ones_like(value))
+
+
 def gradients_of(
     loss: Callable[[], torch.Tensor], trainable: Mapping[str, nn.Parameter]
 ) -> tuple[float, dict[str, torch.Tensor | None]]:
@@ -95,7 +105,7 @@ def gradients_of(
         parameter.grad = None
     value = loss()
     if value.requires_grad:
-        value.backward()
+        backward(value)
     found = {name: None if p.grad is None else coding.local(p.grad).clone() for name, p in trainable.items()}
     for parameter in trainable.values():
         parameter.grad = None

@@ -20,6 +20,7 @@ from genmodel.runners.evidence import (
     Evidence,
     Gradients,
     Inspection,
+    Layout,
     LowPrecision,
     Packing,
     ParameterGradient,
@@ -34,6 +35,9 @@ from genmodel.runners.evidence import (
     TargetInfo,
     Trace,
     TrainingMode,
+    Way,
+    Ways,
+    WorstGradient,
 )
 from genmodel.runners.scenarios import DEPLOYMENTS
 
@@ -311,6 +315,28 @@ def _mode(name: str, **fields: Any) -> dict[str, TrainingMode]:
     return {name: TrainingMode(derivatives=along, lengths=(41, 9), loss=5.3)}
 
 
+def _tried(layout: Layout, *, noise: float = 0.0, difference: float = 0.0, error: float = 0.0) -> Ways:
+    """All layouts, of which one is off in training mode."""
+
+    def way(at: Layout, training: bool) -> Way:
+        off = training and at == layout
+        gradient = WorstGradient(
+            parameter="embed.weight", error=error if off else 0.0, norm=1.0, largest=2.0, noise=noise
+        )
+        return Way(
+            layout=at,
+            given="input_ids",
+            training=training,
+            recording=True,
+            difference=difference if off else 0.0,
+            noise=noise,
+            gradient=gradient,
+        )
+
+    layouts: tuple[Layout, ...] = ("alone", "packed", "batch")
+    return Ways(ways=tuple(way(at, training) for at in layouts for training in (False, True)))
+
+
 def _rounded(name: str, **fields: Any) -> dict[str, LowPrecision]:
     right = {"norm": 1.0, "error": 0.02, "noise": 0.03, "elements": 100}
     parameters = {"embed.weight": RoundedGradient(**right), "head.weight": RoundedGradient(**right | fields)}
@@ -429,8 +455,18 @@ FAILING: Mapping[str, Mapping[str, Corruption]] = {
         ),
     },
     "gradients.batch": {
+        "other values": lambda e: change_gradients(e, ways=_tried("batch", difference=1e-3)),
+        "other gradients": lambda e: change_gradients(e, ways=_tried("batch", error=1e-3)),
+        "other values, and random": lambda e: change_gradients(
+            e, ways=_tried("batch", difference=1e-3), modes={"batch": TrainingMode(reason="differ")}
+        ),
         "detached": lambda e: change_gradients(e, modes=_mode("batch", analytic=0.0)),
         "NaN": lambda e: change_gradients(e, modes=_mode("batch", analytic=float("nan"))),
+    },
+    "gradients.float32": {
+        "other values": lambda e: change_gradients(e, float32_ways=_tried("alone", noise=1e-6, difference=1e-4)),
+        "other gradients": lambda e: change_gradients(e, float32_ways=_tried("alone", noise=1e-6, error=1e-4)),
+        "NaN": lambda e: change_gradients(e, float32_ways=_tried("alone", noise=1e-6, difference=float("nan"))),
     },
     "gradients.bfloat16": {
         "half of it": lambda e: change_gradients(e, low_precision=_rounded("bfloat16", error=0.5)),
@@ -451,10 +487,16 @@ FAILING: Mapping[str, Mapping[str, Corruption]] = {
     "gradients.packed_sequences": {
         "other values": lambda e: change_gradients(e, packing=Packing(difference=1e-3, leak=0.0)),
         "leak": lambda e: change_gradients(e, packing=Packing(difference=0.0, leak=1e-300)),
+        "one mode": lambda e: change_gradients(e, ways=_tried("packed", difference=1e-6)),
+        "gradients": lambda e: change_gradients(e, ways=_tried("packed", error=1e-3)),
+        "embeddings, untapped": lambda e: change_gradients(
+            e, packing=None, packing_reason="no tap", ways=_tried("packed", difference=1e-6)
+        ),
     },
     "gradients.train_eval": {
         "differ": lambda e: change_gradients(e, train_eval_difference=1e-3),
         "differ without dropout": lambda e: with_dropout(e, undropped_difference=1e-3),
+        "differ for embeddings": lambda e: change_gradients(e, ways=_tried("alone", difference=1e-6)),
         "random in evaluation": lambda e: change_gradients(e, eval_eval_difference=0.1),
         "random in evaluation, dropout declared": lambda e: with_dropout(e, eval_eval_difference=0.1),
     },
@@ -724,4 +766,6 @@ def _gradients() -> Gradients:
         undropped_difference=0.0,
         modes=_mode("training") | _mode("batch"),
         low_precision=_rounded("bfloat16") | _rounded("autocast"),
+        ways=_tried("alone"),
+        float32_ways=_tried("alone", noise=1e-6),
     )

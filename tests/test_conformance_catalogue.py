@@ -59,6 +59,7 @@ def test_ids_are_frozen() -> None:
         "gradients.numeric",
         "gradients.training_mode",
         "gradients.batch",
+        "gradients.float32",
         "gradients.bfloat16",
         "gradients.autocast",
         "gradients.causality",

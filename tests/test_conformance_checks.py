@@ -11,7 +11,7 @@ import pytest
 from evidence_samples import FAILING, change_gradients, change_inspection, clean, with_dropout
 from genmodel.conformance.catalogue import all_checks, get, judge
 from genmodel.conformance.verdict import Status
-from genmodel.runners.evidence import Evidence, Failure, LowPrecision, Probe, RoundedGradient, TrainingMode
+from genmodel.runners.evidence import Evidence, Failure, LowPrecision, Probe, RoundedGradient, TrainingMode, Ways
 from genmodel.runners.scenarios import SCENARIOS
 
 IDS = [check.id for check in all_checks()]
@@ -74,7 +74,13 @@ def test_a_scenario_that_failed_fails_the_checks_that_need_it(check_id: str, evi
     [
         ("gradients.dropout", {}, "declares no dropout"),
         ("gradients.training_mode", {"modes": {}}, "not measured"),
-        ("gradients.batch", {"modes": {"batch": TrainingMode(reason="takes no batch")}}, "takes no batch"),
+        (
+            "gradients.batch",
+            {"ways": Ways(), "modes": {"batch": TrainingMode(reason="takes no batch", refused=True)}},
+            "takes no batch",
+        ),
+        ("gradients.float32", {"float32_ways": Ways(reason="raises")}, "raises"),
+        ("gradients.float32", {"float32_ways": Ways()}, "not measured"),
         ("gradients.bfloat16", {"low_precision": {}}, "not measured"),
         ("gradients.autocast", {"low_precision": {"autocast": LowPrecision(reason="raises")}}, "raises"),
         (
@@ -98,7 +104,7 @@ def test_a_scenario_that_failed_fails_the_checks_that_need_it(check_id: str, evi
         ),
         (
             "gradients.packed_sequences",
-            {"packing": None, "packing_reason": "takes no cu_seqlens"},
+            {"packing": None, "packing_reason": "takes no cu_seqlens", "ways": Ways()},
             "takes no cu_seqlens",
         ),
         ("gradients.causality", {"future_leak": None}, "no embedding"),

@@ -107,15 +107,21 @@ def for_flattened_tokens_only(model: Any) -> None:
     model.forward = flattened
 
 
-def for_one_row_only(model: Any) -> None:
-    """Given a batch, it takes its tokens for one sequence, as code written for flattened tokens may."""
+def for_flattened_tokens_that_stay_so(model: Any) -> None:
+    """A batch is flattened on the way in, and stays so: nothing is claimed of rows."""
+    forward = model.forward
+    model.forward = lambda input_ids, positions: forward(input_ids.flatten(), positions.flatten())
+
+
+def for_tokens_first(model: Any) -> None:
+    """Two dimensions are [tokens, batch]."""
     forward = model.forward
 
-    def joined(input_ids: Tensor, positions: Tensor) -> Tensor:
-        out: Tensor = forward(input_ids.flatten(), positions.flatten())
-        return out.unflatten(0, input_ids.shape)
+    def turned(input_ids: Tensor, positions: Tensor) -> Tensor:
+        out: Tensor = forward(input_ids.mT, positions.mT) if input_ids.dim() == 2 else forward(input_ids, positions)
+        return out.transpose(0, 1) if input_ids.dim() == 2 else out
 
-    model.forward = joined
+    model.forward = turned
 
 
 def with_functional_dropout(model: Any) -> None:
@@ -248,9 +254,10 @@ def always_checkpointed_by_reentrance(model: Any) -> None:
 
 NOT_JUDGED: dict[Any, dict[str, str]] = {
     for_flattened_tokens_only: {"batch": "raises ValueError"},
-    for_one_row_only: {"batch": "flattened tokens only"},
-    with_a_generator_of_its_own: {"training_mode": "under one seed differ", "batch": "under one seed differ"},
-    in_no_other_dtype: {"bfloat16": "does not run so: RuntimeError", "autocast": ""},
+    for_flattened_tokens_that_stay_so: {"batch": "flattened tokens only"},
+    for_tokens_first: {"batch": "takes [tokens, batch]"},
+    with_a_generator_of_its_own: {"training_mode": "under one seed differ"},
+    in_no_other_dtype: {"float32": "does not run so", "bfloat16": "does not run so: RuntimeError", "autocast": ""},
 }
 """What cannot be judged of a variant, and why."""
 
@@ -264,7 +271,8 @@ VARIANTS = [
     (with_constant_q_and_k, 0),
     (with_few_positions, 0),
     (for_flattened_tokens_only, 0),
-    (for_one_row_only, 0),
+    (for_flattened_tokens_that_stay_so, 0),
+    (for_tokens_first, 0),
     (with_functional_dropout, 0),
     (with_layers_skipped_in_training, 0),
     (with_a_generator_of_its_own, 0),
@@ -322,7 +330,7 @@ def test_a_correct_model_raises_no_alarm(variant: Any, seed: int) -> None:
     broken = [v for v in verdicts.values() if v.status not in (Status.PASSED, Status.NOT_APPLICABLE)]
     assert not broken, broken
     assert (verdicts["dropout"].status is Status.PASSED) is (variant in RANDOM_IN_TRAINING)
-    for name in ("training_mode", "batch", "bfloat16", "autocast"):
+    for name in ("training_mode", "batch", "float32", "bfloat16", "autocast"):
         reason = NOT_JUDGED.get(variant, {}).get(name)
         assert verdicts[name].status is (Status.PASSED if reason is None else Status.NOT_APPLICABLE), verdicts[name]
         assert (reason or "") in verdicts[name].reason

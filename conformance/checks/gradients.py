@@ -12,7 +12,17 @@ from genmodel.conformance.access import gradients, rank_gradients, sizes, whole_
 from genmodel.conformance.catalogue import check
 from genmodel.conformance.placement import homes, place
 from genmodel.conformance.verdict import REFERENCE, Level, Measurement, NotApplicable, row, violations
-from genmodel.runners.evidence import PADDING, Evidence, ParameterGradient, RankGradients, RoundedGradient
+from genmodel.runners.evidence import (
+    FEW,
+    PADDING,
+    Evidence,
+    Layout,
+    ParameterGradient,
+    RankGradients,
+    RoundedGradient,
+    Way,
+    WorstGradient,
+)
 
 ROUNDING = 1e-9
 """Relative difference that float64 arithmetic may make between two ways to compute the same hidden states. Rounding
@@ -41,8 +51,8 @@ under 30 seeds each, the largest error of a parameter was 2.1 noise floors, and 
 ULPS = 4 * torch.finfo(torch.bfloat16).eps
 """Share of a gradient's norm that it may be off on top: four units in the last place."""
 
-FEW = 8
-"""Elements below which a gradient has no direction to speak of: what rounding makes of one number is anything."""
+FLOAT32_ULPS = 4 * torch.finfo(torch.float32).eps
+"""The same in float32, of outputs and gradients."""
 
 
 @check(needs=("inspection", "gradients"))
@@ -116,6 +126,8 @@ def numeric(evidence: Evidence) -> Iterator[Measurement]:
 def training_mode(evidence: Evidence) -> Iterator[Measurement]:
     """Analytic and numeric gradients agree in training mode too, with one dropout mask for all passes, in float64.
 
+    Without dropout they are those of evaluation mode, whether tokens or their embeddings are given.
+
     Usual causes:
         A path is detached, or runs under `no_grad`, only `if self.training` or only for long sequences;
         activation checkpointing recomputes with another dropout mask (`preserve_rng_state=False`); a hook
@@ -126,22 +138,59 @@ def training_mode(evidence: Evidence) -> Iterator[Measurement]:
         minimind#859
     """
     yield from _mode(evidence, "training")
+    yield from _gradients_of(_ways(evidence, "alone"))
 
 
 @check(needs=("inspection", "gradients"))
 def batch(evidence: Evidence) -> Iterator[Measurement]:
-    """Analytic and numeric gradients agree for [batch, tokens] as well, of models that take it.
+    """A model that gives [batch, tokens, hidden] for [batch, tokens] gives what the rows give alone; gradients too.
+
+    One that does not take batches raises, or gives something of another shape.
 
     Usual causes:
-        A path is detached in code for tensors with a batch dimension; a hand-written backward sums over
-        the wrong dimensions.
+        Code for flattened tokens keeps the shape and takes the batch for one sequence; a path is detached
+        in code for tensors with a batch dimension; a hand-written backward sums over the wrong
+        dimensions.
     How to fix:
         Write layers for any leading dimensions: `x.unflatten(-1, (heads, dim))`, norms over the last
-        dimension.
+        dimension. Or refuse:
+            (tokens,) = input_ids.shape
     Reports:
         minimind#859
     """
-    yield from _mode(evidence, "batch")
+    found = _ways(evidence, "batch")
+    yield from _outputs_of(found, SLICES)
+    yield from _gradients_of(found)
+    mode = gradients(evidence).modes.get("batch")
+    if not found or not (mode and mode.reason):
+        yield from _mode(evidence, "batch")
+
+
+@check(needs=("inspection", "gradients"))
+def float32(evidence: Evidence) -> Iterator[Measurement]:
+    """Training in float32 computes what float64 does, but for what rounding every operation to float32 would change.
+
+    In training and evaluation mode, while autograd records and while it does not, of tokens and of their embeddings.
+    What is wrong in float64 already is left to the other checks.
+
+    Usual causes:
+        `torch.autocast`, or a kernel for bfloat16, under `if self.training`: the trainer's precision is
+        lower than the engine's. Autocast leaves float64 alone, so that nothing shows there.
+    How to fix:
+        Leave autocast to the training loop, and branch on `self.training` for nothing but dropout.
+    Reports:
+        NeMo-RL#2141
+    """
+    found = gradients(evidence).float32_ways
+    right = {_key(way) for way in gradients(evidence).ways.ways if _right(way)} | {_key(EVALUATED)}
+    ways = [way for way in found.ways if not way.reason and _key(way) in right]
+    if not ways:
+        raise NotApplicable(found.reason or "it was not measured")
+    worst = max(ways, key=lambda way: _output(way, _rounding(way)).severity)
+    yield _output(worst, _rounding(worst))
+    rounded = [(way, way.gradient) for way in ways if way.gradient is not None]
+    if rounded:
+        yield max((_gradient(way, g, _rounded(g)) for way, g in rounded), key=lambda m: m.severity)
 
 
 @check(needs=("inspection", "gradients"))
@@ -200,11 +249,13 @@ def causality(evidence: Evidence) -> Iterator[Measurement]:
 
 @check(needs=("inspection", "gradients"))
 def packed_sequences(evidence: Evidence) -> Iterator[Measurement]:
-    """Sequences packed into one forward do not see each other.
+    """Sequences packed into one forward do not see each other, and train as they do alone.
+
+    In training and evaluation mode, of tokens and of their embeddings.
 
     Usual causes:
-        One causal mask over the whole pack; positions that run on over the boundary; state kept between
-        sequences.
+        One causal mask over the whole pack; positions that run on over the boundary, in one mode perhaps;
+        state kept between sequences; a path without a backward for packed ones.
     How to fix:
         Pass the boundaries on: `attention(q, k, v, cu_seqlens=cu_seqlens)`, and restart `positions` at
         0 in each sequence.
@@ -212,17 +263,21 @@ def packed_sequences(evidence: Evidence) -> Iterator[Measurement]:
         transformers#46634
     """
     found = gradients(evidence)
-    if found.packing is None:
+    ways = _ways(evidence, "packed")
+    if found.packing is None and not ways:
         raise NotApplicable(found.packing_reason or "the model takes no packed sequences")
-    yield Measurement(
-        what="max |hidden state packed - alone|",
-        where=REFERENCE,
-        measured=found.packing.difference,
-        allowed=ROUNDING * found.hidden_scale,
-    )
-    yield Measurement(
-        what="max |gradient of one sequence by the other|", where=REFERENCE, measured=found.packing.leak, allowed=0
-    )
+    if found.packing is not None:
+        yield Measurement(
+            what="max |hidden state packed - alone|",
+            where=REFERENCE,
+            measured=found.packing.difference,
+            allowed=ROUNDING * found.hidden_scale,
+        )
+        yield Measurement(
+            what="max |gradient of one sequence by the other|", where=REFERENCE, measured=found.packing.leak, allowed=0
+        )
+    yield from _outputs_of(ways, ROUNDING)
+    yield from _gradients_of(ways)
 
 
 @check(needs=("inspection", "gradients"))
@@ -255,6 +310,7 @@ def train_eval(evidence: Evidence) -> Iterator[Measurement]:
             measured=difference,
             allowed=allowed,
         )
+    yield from _outputs_of(_ways(evidence, "alone"), ROUNDING)
 
 
 @check(needs=("inspection", "gradients"))
@@ -493,6 +549,76 @@ def _mode(evidence: Evidence, name: str) -> Iterator[Measurement]:
         ),
         key=lambda measurement: measurement.severity,
     )
+
+
+def _ways(evidence: Evidence, layout: Layout) -> list[Way]:
+    """The ways of a layout that the model can be run in, in float64."""
+    return [way for way in gradients(evidence).ways.ways if way.layout == layout and not way.reason]
+
+
+def _outputs_of(ways: Collection[Way], share: float) -> Iterator[Measurement]:
+    """The law of what is computed: it is what evaluation of each sequence computes."""
+    if ways:
+        yield max((_output(way, share) for way in ways), key=lambda measurement: measurement.severity)
+
+
+def _gradients_of(ways: Collection[Way]) -> Iterator[Measurement]:
+    """The law of gradients: they are those of evaluation of each sequence."""
+    found = [(way, way.gradient) for way in ways if way.gradient is not None]
+    if found:
+        yield max(
+            (_gradient(way, g, SLICES * g.norm + NOTHING * g.largest) for way, g in found), key=lambda m: m.severity
+        )
+
+
+def _output(way: Way, allowed: float) -> Measurement:
+    return Measurement(
+        what="|outputs - outputs of evaluation| / |outputs of evaluation|",
+        where=REFERENCE,
+        measured=way.difference,
+        allowed=allowed,
+        detail=_described(way),
+    )
+
+
+def _gradient(way: Way, gradient: WorstGradient, allowed: float) -> Measurement:
+    return Measurement(
+        what="|gradient - gradient in evaluation|",
+        where=REFERENCE,
+        measured=gradient.error,
+        allowed=allowed,
+        detail=f"{gradient.parameter}, whose gradient has norm {gradient.norm:.3g}; {_described(way)}",
+    )
+
+
+EVALUATED = Way(layout="alone", given="input_ids", training=False, recording=False)
+"""What all other ways are compared with in float64."""
+
+
+def _key(way: Way) -> tuple[object, ...]:
+    return way.layout, way.given, way.training, way.recording
+
+
+def _right(way: Way) -> bool:
+    """Whether a way computes in float64 what it should."""
+    measured = [*_outputs_of([way], SLICES), *_gradients_of([way])]
+    return not way.reason and all(measurement.ok for measurement in measured)
+
+
+def _rounding(way: Way) -> float:
+    return NOISE_FACTOR * way.noise + FLOAT32_ULPS
+
+
+def _rounded(gradient: WorstGradient) -> float:
+    return NOISE_FACTOR * gradient.noise + FLOAT32_ULPS * gradient.norm + NOTHING * gradient.largest
+
+
+def _described(way: Way) -> str:
+    """In words, such as "packed inputs_embeds in training mode, under no_grad"."""
+    layout = {"alone": "single sequences of", "packed": "packed", "batch": "[batch, tokens] of"}[way.layout]
+    mode = "training" if way.training else "evaluation"
+    recorded = "while autograd records" if way.recording else "under no_grad"
+    return f"{layout} {way.given} in {mode} mode, {recorded}"
 
 
 def _low_precision(evidence: Evidence, name: str) -> Iterator[Measurement]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from genmodel.modeling.attention import TrainableAttention
+from genmodel.modeling.attention import TrainableAttention, _ambient_packing
 from genmodel.reference_models import gpt, hybrid, moe
 from mutants.dense_mutants import mutant
 
@@ -46,6 +46,52 @@ def in_training(model: Any, change: Callable[[Tensor], Tensor]) -> None:
     """Change what the last norm gives in training mode."""
     forward = model.norm.forward
     model.norm.forward = lambda x: change(forward(x)) if model.training else forward(x)
+
+
+def reshaped(model: Any, when: Callable[[Tensor], bool]) -> None:
+    """Take a batch for one sequence, for some positions."""
+    forward = model.forward
+
+    def joined(
+        input_ids: Tensor | None, positions: Tensor, rest: Any = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        if not when(positions):
+            out: Tensor = forward(input_ids, positions, rest, inputs_embeds)
+            return out
+        tokens = None if input_ids is None else input_ids.flatten()
+        embedded = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)
+        out = forward(tokens, positions.flatten(), rest, embedded)
+        return out.unflatten(0, positions.shape)
+
+    model.forward = joined
+
+
+def counted(model: Any, when: Callable[[Tensor | None], bool]) -> None:
+    """Count tokens instead of using the positions that are passed, for some embeddings."""
+    forward = model.forward
+
+    def run(
+        input_ids: Tensor | None, positions: Tensor, rest: Any = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        if when(inputs_embeds):
+            positions = torch.arange(positions.shape[-1]).expand_as(positions)
+        out: Tensor = forward(input_ids, positions, rest, inputs_embeds)
+        return out
+
+    model.forward = run
+
+
+def autocast(model: Any, when: Callable[[Tensor], bool]) -> None:
+    """Compute the last layer's MLP in bfloat16, for some inputs; float64 autocast leaves as it is."""
+    mlp = model.layers[-1].mlp
+    forward = mlp.forward
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=when(x)):
+            out: Tensor = forward(x)
+        return out.to(x.dtype)
+
+    mlp.forward = run
 
 
 # Training mode -------------------------------------------------------------------------------------------
@@ -166,6 +212,109 @@ def first_row_of_a_batch_trains(model: Any) -> None:
     in_training(model, lambda x: x if x.dim() == 2 else torch.cat([x[:1], x[1:].detach()]))
 
 
+@mutant(caught_by="gradients.batch", reports="", alone=True)
+def rows_of_a_batch_joined(model: Any) -> None:
+    """Code for flattened tokens that gives the shape back: rows see each other, and positions are right."""
+    reshaped(model, lambda positions: positions.dim() == 2)
+
+
+@mutant(caught_by="gradients.batch", reports="", alone=True)
+def rows_of_a_batch_joined_in_training(model: Any) -> None:
+    """Rows are joined to save padding, as soon as the model trains."""
+    reshaped(model, lambda positions: positions.dim() == 2 and model.training)
+
+
+@mutant(caught_by="gradients.batch", reports="", alone=True)
+def rows_of_a_batch_joined_while_recording(model: Any) -> None:
+    """The same where autograd records, in either mode."""
+    reshaped(model, lambda positions: positions.dim() == 2 and torch.is_grad_enabled())
+
+
+@mutant(caught_by="gradients.batch", reports="", alone=True)
+def rows_of_embeddings_joined(model: Any) -> None:
+    """A batch of tokens is right, a batch of embeddings one sequence."""
+    forward = model.forward
+
+    def joined(input_ids: Tensor, positions: Tensor, rest: Any = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        if inputs_embeds is None or positions.dim() == 1:
+            out: Tensor = forward(input_ids, positions, rest, inputs_embeds)
+            return out
+        out = forward(None, positions.flatten(), rest, inputs_embeds.flatten(0, 1))
+        return out.unflatten(0, positions.shape)
+
+    model.forward = joined
+
+
+@mutant(caught_by="gradients.packed_sequences", reports="", of=gpt, alone=True)
+def positions_run_on_in_training(model: Any) -> None:
+    """In training mode tokens are counted, whatever positions are passed: wrong in the second of two sequences."""
+    counted(model, lambda embedded: bool(model.training))
+
+
+@mutant(caught_by="gradients.packed_sequences", reports="", of=gpt, alone=True)
+def positions_run_on_while_recording(model: Any) -> None:
+    """The same where autograd records."""
+    counted(model, lambda embedded: torch.is_grad_enabled())
+
+
+@mutant(caught_by="gradients.packed_sequences", reports="", of=gpt, alone=True)
+def positions_run_on_of_embeddings(model: Any) -> None:
+    """The same for embeddings, in training."""
+    counted(model, lambda embedded: model.training and embedded is not None)
+
+
+@mutant(caught_by="gradients.packed_sequences", reports="", of=gpt, alone=True)
+def positions_run_on_of_embeddings_with_a_gradient(model: Any) -> None:
+    """The same for embeddings that require a gradient."""
+    counted(model, lambda embedded: embedded is not None and embedded.requires_grad)
+
+
+@mutant(caught_by="gradients.packed_sequences", reports="", of=gpt, alone=True)
+def positions_run_on_beside_dropout(model: Any) -> None:
+    """Dropout that is declared does not hide it."""
+    model.dropout = nn.Dropout(0.1)
+    in_training(model, model.dropout)
+    counted(model, lambda embedded: bool(model.training))
+
+
+@mutant(caught_by="gradients.packed_sequences", reports="", alone=True)
+def packed_sequences_detached(model: Any) -> None:
+    """The kernel for packed sequences has no backward for values."""
+
+    def around(_: Any, attend: Callable[..., Tensor], qkv: tuple[Tensor, ...]) -> Tensor:
+        q, k, v = qkv
+        return attend(q, k, v.detach() if _ambient_packing.get() is not None else v)
+
+    rewired(model, around)
+
+
+@mutant(caught_by="gradients.training_mode", reports="", alone=True)
+def detached_of_embeddings(model: Any) -> None:
+    """Where embeddings are given they get no gradient."""
+    forward = model.forward
+
+    def cut(input_ids: Tensor, positions: Tensor, rest: Any = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        given = None if inputs_embeds is None else inputs_embeds.detach()
+        out: Tensor = forward(input_ids, positions, rest, given)
+        return out
+
+    model.forward = cut
+
+
+@mutant(caught_by="gradients.train_eval", reports="", alone=True)
+def embeddings_with_a_gradient_scaled(model: Any) -> None:
+    """Embeddings that require a gradient are taken for a soft prompt and scaled; tokens never are."""
+    forward = model.forward
+
+    def scaled(input_ids: Tensor, positions: Tensor, rest: Any = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        if inputs_embeds is not None and inputs_embeds.requires_grad:
+            inputs_embeds = inputs_embeds * 1.01
+        out: Tensor = forward(input_ids, positions, rest, inputs_embeds)
+        return out
+
+    model.forward = scaled
+
+
 # Precision -----------------------------------------------------------------------------------------------
 
 
@@ -202,6 +351,60 @@ def bias_dropped_from_backward_under_autocast(model: Any) -> None:
         return F.linear(x, up.weight, up.bias.detach())
 
     up.forward = fused
+
+
+@mutant(caught_by="gradients.float32", reports="", alone=True)
+def autocast_in_training(model: Any) -> None:
+    """One MLP of two is computed in bfloat16 in training only: the engine computes it in float32."""
+    autocast(model, lambda x: bool(model.training))
+
+
+@mutant(caught_by="gradients.float32", reports="", alone=True)
+def autocast_while_recording(model: Any) -> None:
+    """The same where autograd records."""
+    autocast(model, lambda x: torch.is_grad_enabled())
+
+
+@mutant(caught_by="gradients.float32", reports="", alone=True)
+def autocast_where_a_gradient_is_wanted(model: Any) -> None:
+    """The same for inputs that require a gradient."""
+    autocast(model, lambda x: x.requires_grad)
+
+
+@mutant(caught_by="gradients.float32", reports="", alone=True)
+def autocast_of_embeddings_in_training(model: Any) -> None:
+    """The same for embeddings only."""
+    forward = model.forward
+
+    def run(input_ids: Tensor, positions: Tensor, rest: Any = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=model.training and inputs_embeds is not None):
+            out: Tensor = forward(input_ids, positions, rest, inputs_embeds)
+        return out
+
+    model.forward = run
+
+
+@mutant(caught_by="gradients.float32", reports="", alone=True)
+def autocast_beside_dropout(model: Any) -> None:
+    """Dropout that is declared does not hide it."""
+    model.dropout = nn.Dropout(0.1)
+    in_training(model, model.dropout)
+    autocast(model, lambda x: bool(model.training))
+
+
+@mutant(caught_by="gradients.float32", reports="", alone=True)
+def backward_in_bfloat16(model: Any) -> None:
+    """The forward is exact, and gradients of float32 are rounded to bfloat16 on their way, to save memory."""
+    mlp = model.layers[-1].mlp
+    forward = mlp.forward
+
+    def rounded(x: Tensor) -> Tensor:
+        out: Tensor = forward(x)
+        if out.requires_grad and out.dtype == torch.float32:
+            out.register_hook(lambda gradient: gradient.bfloat16().float())
+        return out
+
+    mlp.forward = rounded
 
 
 # Chance in evaluation ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ Shapes: N rows (tokens), n columns of an engine's tensor, m of the reference's; 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ from genmodel.conformance.agreement import ULP_FACTOR
 from genmodel.conformance.catalogue import Check, one_thread
 from genmodel.conformance.verdict import Measurement, Status, Verdict
 from genmodel.runners.evidence import Failure, ModuleRecord, ModuleRun, Point
-from genmodel.runners.scenarios import ENGINE_SCENARIOS
+from genmodel.runners.scenarios import DEPLOYMENTS, ENGINE_SCENARIOS
 
 NOISE_FACTOR = 8.0
 """Noise floors an error may be: more than for logits, for hundreds of tensors are looked at and none may be blamed by
@@ -58,14 +58,6 @@ Findings = dict[tuple[str, int], "Finding | str | None"]
 
 Rerun = Callable[[str, int, tuple[str, int] | None], ModuleRun | Failure]
 """`Session.diagnose` of one target: scenario, tensor-parallel size, and a request and position known to be wrong."""
-
-_ELSEWHERE = {
-    "pipeline": "Stages of a pipeline are not recorded, and in one process there is no such difference: it is in what "
-    "a stage builds or loads, or hands on to the next. ",
-    "deployed": "Spawned workers are not recorded, and in one process there is no such difference: it is in what the "
-    "workers build or load. ",
-}
-"""What is said of a difference that is not found where modules can be recorded, by the scenario a check needs."""
 
 _PHASES = ("prompt", "first token", "decode")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -116,6 +108,7 @@ class Finding:
     """Whether modules inside it agree, so that only its own forward is left."""
     tensor_parallel_size: int
     ranks: tuple[int, ...]
+    """Tensor-parallel ranks, of its stage."""
     phase: str
     """"prompt", "first token" or "decode"."""
     how: str
@@ -134,6 +127,8 @@ class Finding:
     """What else is known of the module before, where its share or its name leaves room for doubt; often empty."""
     agreeing: int
     """Tensors before this one that agree."""
+    stage: int | None = None
+    """Of a pipeline; None where there is none."""
     within: bool = False
     """Whether it is within its limit too, and only where the error grows most."""
     before: float = 0.0
@@ -205,7 +200,7 @@ def _excess(part: Part) -> float:
 def _wrong(parts: Sequence[Part], run: ModuleRun, beyond: float) -> bool:
     """Whether a tensor is so many limits off on some rank, or no rank holds some of its columns."""
     off = any(bool((part.wrong & ~(part.error <= beyond * part.allowed)).any()) for part in parts)
-    return off or (len(parts) == len(run.ranks) and len(_missing(parts)) > 0)
+    return off or (len(parts) == run.tensor_parallel_size and len(_missing(parts)) > 0)
 
 
 def _unlike(point: Point, parts: Sequence[Part], reference: _Reference, later: Sequence[_Found]) -> bool:
@@ -275,11 +270,12 @@ def describe(found: Finding) -> str:
 
 
 def _on_ranks(found: Finding) -> str:
+    stage = "" if found.stage is None else f" in stage {found.stage} of the pipeline"
     if found.tensor_parallel_size == 1:
-        return ""
+        return stage
     if len(found.ranks) == found.tensor_parallel_size:
-        return " on every rank"
-    return (" on rank " if len(found.ranks) == 1 else " on ranks ") + ", ".join(map(str, found.ranks))
+        return " on every rank" + stage
+    return (" on rank " if len(found.ranks) == 1 else " on ranks ") + ", ".join(map(str, found.ranks)) + stage
 
 
 def _difference(found: Finding) -> str:
@@ -336,6 +332,7 @@ class Diagnosis:
     def _explain(self, check: Check, broken: Sequence[Measurement]) -> str:
         sizes = sorted({int(m.where.removeprefix("TP=")) for m in broken})
         scenarios = [name for name in ENGINE_SCENARIOS if name in check.needs] or ["plain"]
+        scenarios += [name for name in DEPLOYMENTS if name in check.needs]
         for size in sizes:
             known = self._known.get(("plain", size))
             if isinstance(known, Finding) and not known.within:
@@ -351,8 +348,7 @@ class Diagnosis:
         again = f"{', '.join(scenarios)} at TP={sizes[0]} once more, with every module recorded"
         if grown is None:
             return f"No diagnosis: {again}: no module has a counterpart in the reference to be compared with."
-        elsewhere = next((where for need, where in _ELSEWHERE.items() if need in check.needs), "")
-        return f"{elsewhere}{again[0].upper()}{again[1:]}: {describe(grown)}"
+        return f"{again[0].upper()}{again[1:]}: {describe(grown)}"
 
     def _find(self, scenario: str, size: int, focus: tuple[str, int] | None) -> Finding | str | None:
         if (scenario, size) not in self._known:
@@ -408,7 +404,7 @@ class _Reference:
         self._record = run.reference
         self._points = {point.key: point for point in run.reference.points}
         self.modules = {point.module for point in run.reference.points}
-        self._ranks = len(run.ranks)
+        self.ranks = run.tensor_parallel_size
         self._pairs: dict[int, dict[_Key, _Pair]] = {}
         self._eps = torch.finfo(getattr(torch, run.dtype)).eps
         self._phases = phases(run.reference)
@@ -427,7 +423,7 @@ class _Reference:
         if other is not None:
             return self._compare(record, point, other, must=True)
         if record.rank not in self._pairs:
-            self._pairs[record.rank] = _pairs(record.points, self._record.points, self._ranks)
+            self._pairs[record.rank] = _pairs(record.points, self._record.points, self.ranks)
         found: Part | None = None
         for ours, theirs, must in self._pairs[record.rank].get(point.key, ()):
             part = self._compare(record, ours, theirs, must=must)
@@ -444,7 +440,7 @@ class _Reference:
             return None
         ours, expected = point.values[common], theirs.values[at[common]]
         allowed = self._allowed(theirs)[at[common]]
-        columns, known = _columns(record.rank, ours, expected, allowed, point.columns)
+        columns, known = _columns(record.rank % self.ranks, ours, expected, allowed, point.columns)
         return Part(
             rank=record.rank,
             rows=point.rows[common],
@@ -566,10 +562,12 @@ def phases(record: ModuleRecord) -> torch.Tensor:
 
 
 def _in_order(run: ModuleRun) -> Iterator[_Found]:
-    """Every tensor in order of execution, on all ranks that have it."""
-    by_key = [{point.key: point for point in record.points} for record in run.ranks]
-    for key in dict.fromkeys(key for points in by_key for key in points):
-        yield [(record, points[key]) for record, points in zip(run.ranks, by_key, strict=True) if key in points]
+    """Every tensor in order of execution, stage by stage, on all ranks that have it."""
+    for first in range(0, len(run.ranks), run.tensor_parallel_size):
+        stage = run.ranks[first : first + run.tensor_parallel_size]
+        by_key = [{point.key: point for point in record.points} for record in stage]
+        for key in dict.fromkeys(key for points in by_key for key in points):
+            yield [(record, points[key]) for record, points in zip(stage, by_key, strict=True) if key in points]
 
 
 def _columns(
@@ -621,14 +619,16 @@ def _finding(run: ModuleRun, reference: _Reference, point: Point, parts: Sequenc
     functional = point.kind == "input" and point.caller is not None
     module = point.caller if functional and point.caller is not None else point.module
     last, candidates, alias = _before(reference, point, passed)
+    stage = part.rank // run.tensor_parallel_size
     return Finding(
         module=module,
         module_class=_class_of(record, module),
         between=("its start" if last == module else last, point.module) if functional else None,
-        tensor=_tensor(run, point, functional),
+        tensor=_tensor(record, point, functional),
         own_code=functional or module in passed.callers,
         tensor_parallel_size=run.tensor_parallel_size,
-        ranks=_ranks(run, reference, point, {part.rank for part in broken}),
+        ranks=_ranks(run, reference, stage, point, broken),
+        stage=stage if len(run.ranks) > run.tensor_parallel_size else None,
         phase=_PHASES[int(phases(record)[row])],
         how=_how(record, row),
         request=sequence.request,
@@ -638,18 +638,23 @@ def _finding(run: ModuleRun, reference: _Reference, point: Point, parts: Sequenc
         input_good=True if any(name == module for name, _ in passed.inputs) else None,
         share=_share(part, parts),
         candidates=() if point.kind == "output" and reference.is_leaf(module) else tuple(candidates),
-        hint=(alias or _fused(passed.shares.get(last), last)) if functional else "",
+        hint=(alias or _fused(passed.shares.get(last), last, reference.ranks)) if functional else "",
         agreeing=passed.count,
     )
 
 
-def _ranks(run: ModuleRun, reference: _Reference, point: Point, broken: set[int]) -> tuple[int, ...]:
-    """Ranks on which this or any other tensor of the same call is wrong."""
+def _ranks(
+    run: ModuleRun, reference: _Reference, stage: int, point: Point, broken: Collection[Part]
+) -> tuple[int, ...]:
+    """Ranks of a stage on which this or any other tensor of the same call is wrong."""
+    ranks = {part.rank for part in broken}
     for found in _in_order(run):
-        if found[0][1].key[::3] == point.key[::3] and found[0][1].kind == point.kind:
+        record, other = found[0]
+        here = record.rank // run.tensor_parallel_size == stage
+        if here and other.key[::3] == point.key[::3] and other.kind == point.kind:
             parts = (reference.compare(record, other) for record, other in found)
-            broken |= {part.rank for part in parts if part is not None and bool(part.wrong.any())}
-    return tuple(sorted(broken))
+            ranks |= {part.rank for part in parts if part is not None and bool(part.wrong.any())}
+    return tuple(sorted(rank % run.tensor_parallel_size for rank in ranks))
 
 
 def _share(part: Part, parts: Sequence[Part]) -> str:
@@ -660,12 +665,12 @@ def _share(part: Part, parts: Sequence[Part]) -> str:
     return f"columns {_span(part.columns)} of {part.full}" if part.known else f"its share of {part.full} columns"
 
 
-def _fused(part: Part | None, module: str) -> str:
+def _fused(part: Part | None, module: str, ranks: int) -> str:
     """A hint for weights of unknown layout: what looks right by its values may still be the wrong share."""
     if part is None or not bool((part.columns.diff() == 1).all()):
         return ""
     return (
-        f"On rank {part.rank}, {module} gives columns {_span(part.columns)} of {part.full}: right for a plain "
+        f"On rank {part.rank % ranks}, {module} gives columns {_span(part.columns)} of {part.full}: right for a plain "
         "layer, and the cause if it is a fused one, such as [gate | up], each part of which has to be cut."
     )
 
@@ -710,7 +715,8 @@ def _before(reference: _Reference, point: Point, passed: _Passed) -> tuple[str, 
     for record, other in (found for found in passed.unknown if found[1].kind == "output"):
         if (theirs := reference.same_as(record, other)) is not None:
             last, names = other.module, []
-            hint = f"On rank {record.rank}, {last} gives what {theirs} does in the reference, and just that."
+            rank = record.rank % reference.ranks
+            hint = f"On rank {rank}, {last} gives what {theirs} does in the reference, and just that."
         elif other.module not in names:
             names.append(other.module)
     return last, names, hint
@@ -734,9 +740,9 @@ def _class_of(record: ModuleRecord, module: str) -> str:
     return record.classes.get(module, f"method of {record.classes.get('', 'the model')}")
 
 
-def _tensor(run: ModuleRun, point: Point, functional: bool) -> str:
+def _tensor(record: ModuleRecord, point: Point, functional: bool) -> str:
     """Which one it is: its output, its second output, the first input of layers.0.attn."""
-    alike = [p for p in run.ranks[0].points if p.key[::3] == point.key[::3] and p.kind == point.kind]
+    alike = [p for p in record.points if p.key[::3] == point.key[::3] and p.kind == point.kind]
     if len(alike) == 1:
         which = ""
     elif point.part.isdigit() and int(point.part) < len(_ORDINALS):

@@ -896,19 +896,18 @@ def scarce_cache(llm: Any, requests: int) -> Iterator[None]:
 
 
 def observe_forward(
-    llm: Any, begin: Callable[[list[tuple[str, tuple[int, ...], int]], torch.Tensor], None]
+    runner: Any, begin: Callable[[list[tuple[str, tuple[int, ...], int]], torch.Tensor], None]
 ) -> nn.Module:
-    """Be told of every forward pass of an in-process engine, from now until it ends, before the model runs.
+    """Be told of every forward pass of this process's rank, from now until its engine ends, before the model runs.
 
     Args:
-        llm: an engine whose rank of the model lives in this process, with the first of vLLM's two model runners.
+        runner: the first of vLLM's two model runners: `runner_of` an in-process engine, or a worker's `model_runner`.
         begin: called with (id, prompt, tokens in this pass) of each request, in the order of the model's rows,
             and with the positions [T] of all rows.
 
     Returns:
         The model, as vLLM built it.
     """
-    runner = _model_runner(llm)
     execute = runner.execute_model
     scheduled: dict[str, int] = {}
 
@@ -933,11 +932,12 @@ def observe_forward(
 
 def model_of(llm: Any) -> nn.Module:
     """The model of an in-process engine, as vLLM built it."""
-    model: nn.Module = _model_runner(llm).model
+    model: nn.Module = runner_of(llm).model
     return model
 
 
-def _model_runner(llm: Any) -> Any:
+def runner_of(llm: Any) -> Any:
+    """The model runner of an in-process engine."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -93,7 +94,7 @@ class State:
             self._engine = _vllm.start_engine(spec.directory, **{"dtype": spec.dtype, "seed": state, **options})
         self.weights = "initial"
         if self.recorder is not None:
-            self.recorder.attach(self._engine)
+            self.recorder.attach(_vllm.runner_of(self._engine))
         return self._engine
 
     def refit(self, spec: Spec, weights: str) -> None:
@@ -429,16 +430,26 @@ def deploy(state: State, spec: Spec, plan: Plan, kept_as: str, options: Mapping[
 
     `options` are the engine's, such as {"tensor_parallel_size": 2}.
     """
+    with _deployed(state, spec, plan, options) as llm:
+        return {kept_as: [_generate_deployed(state, llm, plan, kept_as)]}
+
+
+@contextlib.contextmanager
+def _deployed(state: State, spec: Spec, plan: Plan, options: Mapping[str, Any]) -> Iterator[Any]:
+    """A default engine."""
     changes: dict[str, str | None] = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     with engine.environment({**changes, **engine.DEPLOYED_ENVIRONMENT}):
         llm = state.start_engine(spec, kv_cache_memory_bytes=plan.deployed_kv_cache_bytes, **options)
         if options.get("pipeline_parallel_size", 1) > 1:
             llm.collective_rpc(_vllm.watch_stage)
-        through = replace(ENGINE_SCENARIOS["plain"].passes[0], name=kept_as)
-        with state.phase(f"generating ({kept_as})"):
-            found = engine.trace(llm, through, plan, rank=0, in_process=False)
+        yield llm
         state.stop_engine()
-    return {kept_as: [found]}
+
+
+def _generate_deployed(state: State, llm: Any, plan: Plan, kept_as: str) -> Trace:
+    through = replace(ENGINE_SCENARIOS["plain"].passes[0], name=kept_as)
+    with state.phase(f"generating ({kept_as})"):
+        return engine.trace(llm, through, plan, rank=0, in_process=False)
 
 
 def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], weights: str, dtype: str) -> ReferenceRun:
@@ -510,6 +521,10 @@ def _turns(
     }
 
 
+_RECORDABLE: Mapping[str, str | None] = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+"""The recorder reads the batches of the first of vLLM's two model runners."""
+
+
 def record_modules(
     state: State,
     spec: Spec,
@@ -523,12 +538,30 @@ def record_modules(
     """Run a scenario once more on this rank and keep what every module did: (dtype, record)."""
     recorder = state.recorder = modules.EngineRecorder(positions)
     try:
-        # The recorder reads the batches of the first of vLLM's two model runners.
-        with engine.environment({"VLLM_USE_V2_MODEL_RUNNER": "0"}):
+        with engine.environment(_RECORDABLE):
             made = dict(generate(state, spec, plan, tensor_parallel_size, [recorded], options, port))
     finally:
         state.recorder = None
     return made[recorded][0].proof.dtype, recorder.record(made[recorded], state.rank)
+
+
+def record_deployed(
+    state: State,
+    spec: Spec,
+    plan: Plan,
+    recorded: str,
+    options: Mapping[str, Any],
+    positions: Mapping[tuple[int, ...], frozenset[int]],
+) -> tuple[str, list[ModuleRecord]]:
+    """The same of every worker of a default engine, an eager one: what is compiled calls no hooks."""
+    with (
+        engine.environment(_RECORDABLE),
+        _deployed(state, spec, plan, {**options, "enforce_eager": True}) as llm,
+    ):
+        llm.collective_rpc(modules.record_worker, args=(positions,))
+        found = _generate_deployed(state, llm, plan, recorded)
+        records: list[ModuleRecord] = llm.collective_rpc(modules.worker_record, args=([found],))
+    return found.proof.dtype, records
 
 
 def reference_modules(

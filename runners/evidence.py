@@ -646,6 +646,7 @@ class ModuleRecord:
     """What every module of one rank, or of the reference, was given and gave."""
 
     rank: int
+    """Of all of the engine's: the tensor-parallel ranks of a pipeline's first stage come before those of its second."""
     classes: dict[str, str]
     """Class name of every module of the model."""
     sequences: tuple[RecordedSequence, ...]

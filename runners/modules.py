@@ -172,7 +172,7 @@ class Recorder:
 
 
 class EngineRecorder:
-    """Records an in-process engine.
+    """Records one rank of an engine, in the process that has it.
 
     Args:
         positions: which positions to keep, by prompt.
@@ -185,9 +185,9 @@ class EngineRecorder:
         self._order: dict[str, int] = {}
         self._passes = 0
 
-    def attach(self, llm: Any) -> None:
-        """Begin with the engine's next forward pass; for as long as the engine lives."""
-        self._recorder = Recorder(_vllm.observe_forward(llm, self._begin))
+    def attach(self, runner: Any) -> None:
+        """Begin with the next forward pass of a model runner of vLLM's; for as long as its engine lives."""
+        self._recorder = Recorder(_vllm.observe_forward(runner, self._begin))
 
     def record(self, traces: Sequence[Trace], rank: int) -> ModuleRecord:
         """What was recorded, its requests named after the continuations they gave.
@@ -227,6 +227,21 @@ class EngineRecorder:
             at += count
         self._passes += 1
         self._recorder.begin(torch.tensor(rows, dtype=torch.int64), torch.tensor(keep, dtype=torch.bool))
+
+
+_workers: list[EngineRecorder] = []
+"""The recorder of this process, if it is a worker of a deployed engine."""
+
+
+def record_worker(worker: Any, positions: Mapping[tuple[int, ...], frozenset[int]]) -> None:
+    """Run inside a worker by `collective_rpc`: record its rank from now on."""
+    _workers[:] = [EngineRecorder(positions)]
+    _workers[0].attach(worker.model_runner)
+
+
+def worker_record(worker: Any, traces: Sequence[Trace]) -> ModuleRecord:
+    """Run inside a worker by `collective_rpc`: what was recorded, of requests that gave these traces."""
+    return _workers[0].record(traces, worker.rank)
 
 
 def begin_sequence(recorder: Recorder, number: int, length: int, positions: frozenset[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from genmodel.runners.evidence import Inspection
-from genmodel.runners.scenarios import ENGINE_SCENARIOS, Plan
+from genmodel.runners.scenarios import DEPLOYMENTS, ENGINE_SCENARIOS, Plan
 
 BUDGET = 64 << 20
 """Bytes of recorded values per rank, roughly."""
@@ -13,7 +13,8 @@ def recorded_positions(
     inspection: Inspection, drafted: Plan, scenario: str, focus: tuple[str, int] | None
 ) -> dict[tuple[int, ...], frozenset[int]]:
     """Which positions a diagnosis keeps, by prompt; all of them for models small enough."""
-    batches = (batch for through in ENGINE_SCENARIOS[scenario].passes for batch in through.batches(drafted))
+    passes = ENGINE_SCENARIOS["plain" if scenario in DEPLOYMENTS else scenario].passes
+    batches = (batch for through in passes for batch in through.batches(drafted))
     requests = [request for batch in batches for request in batch]
     count = quota(inspection.hidden_size, drafted.vocab_size, len(inspection.attention), len(requests))
     name, position = focus or ("", 0)

@@ -25,6 +25,7 @@ from genmodel.runners.evidence import (
     Failure,
     FailureKind,
     Inspection,
+    ModuleRecord,
     ModuleRun,
     Span,
     TargetInfo,
@@ -330,30 +331,40 @@ class _Target:
         self._say(f"diagnosis: {scenario} at TP={size} once more, recording every module")
         drafted = plan(inspection, self._options.seed)
         positions = recorded_positions(inspection, drafted, scenario, focus)
+        recorded = self._record(scenario, size, drafted, positions)
+        if isinstance(recorded, Failure):
+            return recorded
+        dtype, ranks = recorded
+        # Ranks that disagree may have generated different tokens.
+        made = {(s.weights, s.tokens): s for record in ranks for s in record.sequences}
+        sequences = list(made.values())
+        kept = [positions.get(s.tokens[: s.prompt], frozenset()) for s in sequences]
+        reference = self._ask("reference_modules", "reference", sequences=sequences, positions=kept, dtype=dtype)
+        if isinstance(reference, Failure):
+            return reference
+        return ModuleRun(scenario=scenario, tensor_parallel_size=size, dtype=dtype, ranks=ranks, reference=reference)
+
+    def _record(
+        self, scenario: str, size: int, drafted: Plan, positions: Mapping[tuple[int, ...], frozenset[int]]
+    ) -> tuple[str, tuple[ModuleRecord, ...]] | Failure:
+        """A scenario once more: its dtype, and what every rank recorded."""
+        asked: dict[str, Any] = {"plan": drafted, "recorded": scenario, "positions": positions}
+        if deployment := DEPLOYMENTS.get(scenario):
+            found = self._ask("record_deployed", scenario, options=_deployed_options(deployment, size), **asked)
+            return found if isinstance(found, Failure) else (found[0], tuple(found[1]))
         command = self._command(
             "record_modules",
             scenario,
-            plan=drafted,
             tensor_parallel_size=size,
-            recorded=scenario,
             options=dict(ENGINE_SCENARIOS[scenario].options(drafted)),
             port=self._pool.free_ports(1)[0],
-            positions=positions,
+            **asked,
         )
         results = self._wait(self._pool.begin(command, range(size)), f"diagnosis of TP={size}")
         if (failure := _first_failure(results)) is not None:
             return failure
         dtypes, ranks = zip(*(results[rank].value for rank in sorted(results)), strict=True)
-        # Ranks that disagree may have generated different tokens.
-        made = {(s.weights, s.tokens): s for record in ranks for s in record.sequences}
-        sequences = list(made.values())
-        kept = [positions.get(s.tokens[: s.prompt], frozenset()) for s in sequences]
-        reference = self._ask("reference_modules", "reference", sequences=sequences, positions=kept, dtype=dtypes[0])
-        if isinstance(reference, Failure):
-            return reference
-        return ModuleRun(
-            scenario=scenario, tensor_parallel_size=size, dtype=dtypes[0], ranks=ranks, reference=reference
-        )
+        return dtypes[0], ranks
 
     def _inspect(self) -> None:
         self._say("building and inspecting the model, making its checkpoint")
@@ -506,7 +517,7 @@ class _Target:
 
     def _deploy(self, drafted: Plan, deployment: Deployment, size: int, rank: int) -> Job | RayJob:
         self._say(f"vLLM as deployed: {deployment.about.format(size=size)}, default executor and options")
-        options = {"tensor_parallel_size": size, "pipeline_parallel_size": deployment.stages, **deployment.options}
+        options = _deployed_options(deployment, size)
         command = self._command("deploy", deployment.name, plan=drafted, kept_as=deployment.name, options=options)
         return self._pool.begin(command, [rank])
 
@@ -582,6 +593,10 @@ class _Target:
 _OUT_OF_TIME = ("timeout", "slow")
 _FIRST = "inspection"
 """The process in which a target is introduced and inspected."""
+
+
+def _deployed_options(deployment: Deployment, size: int) -> dict[str, Any]:
+    return {"tensor_parallel_size": size, "pipeline_parallel_size": deployment.stages, **deployment.options}
 
 
 def _dtype_of(name: str, dtype: str) -> str:

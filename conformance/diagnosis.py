@@ -154,7 +154,7 @@ def _first_difference(run: ModuleRun) -> Finding | None:
         if not parts:
             passed.unknown.append(found[0])
         elif not _wrong(parts, run, beyond):
-            passed.add(found[0][1], parts[0])
+            passed.add(*found[0], parts[0])
         elif not all(part.must for part in parts) or _unlike(found[0][1], parts, reference, order[number + 1 :]):
             passed.unknown.append(found[0])
         else:
@@ -187,7 +187,7 @@ def _largest_growth(run: ModuleRun) -> Finding | None:
             here = _finding(run, reference, _origin(found[0][1], reference, passed), parts, passed)
             most = share - before, replace(here, within=True, before=before)
         before = max(before, share)
-        passed.add(found[0][1], parts[0])
+        passed.add(*found[0], parts[0])
     return None if most is None else most[1]
 
 
@@ -331,8 +331,9 @@ class Diagnosis:
 
     def _explain(self, check: Check, broken: Sequence[Measurement]) -> str:
         sizes = sorted({int(m.where.removeprefix("TP=")) for m in broken})
-        scenarios = [name for name in ENGINE_SCENARIOS if name in check.needs] or ["plain"]
-        scenarios += [name for name in DEPLOYMENTS if name in check.needs]
+        # What a deployed engine does is compared with what an engine in one process did, which was right.
+        scenarios = [name for name in DEPLOYMENTS if name in check.needs]
+        scenarios = scenarios or [name for name in ENGINE_SCENARIOS if name in check.needs] or ["plain"]
         for size in sizes:
             known = self._known.get(("plain", size))
             if isinstance(known, Finding) and not known.within:
@@ -380,13 +381,17 @@ class _Passed:
         self.count = 0
         self.inputs: set[tuple[str, int]] = set()
         """Calls of which some input was compared."""
+        self.states: set[int] = set()
+        """Ranks, the first of each stage, of which something computed from the tokens was compared."""
         self.callers: set[str | None] = set()
         """Modules inside which some tensor was compared."""
         self.unknown: list[tuple[ModuleRecord, Point]] = []
         """Since the last good one, without a counterpart in the reference."""
 
-    def add(self, point: Point, part: Part) -> None:
+    def add(self, record: ModuleRecord, point: Point, part: Part) -> None:
         self.unknown = []
+        if _depends_on_tokens(record, point):
+            self.states.add(record.rank)
         self.count += 1
         if not self.modules or self.modules[-1] != point.module:
             self.modules.append(point.module)
@@ -620,6 +625,10 @@ def _finding(run: ModuleRun, reference: _Reference, point: Point, parts: Sequenc
     module = point.caller if functional and point.caller is not None else point.module
     last, candidates, alias = _before(reference, point, passed)
     stage = part.rank // run.tensor_parallel_size
+    first = stage > 0 and stage * run.tensor_parallel_size not in passed.states
+    handed_on = (
+        f"It is the first in its stage to be compared: what stage {stage - 1} sends may be wrong." if first else ""
+    )
     return Finding(
         module=module,
         module_class=_class_of(record, module),
@@ -638,7 +647,7 @@ def _finding(run: ModuleRun, reference: _Reference, point: Point, parts: Sequenc
         input_good=True if any(name == module for name, _ in passed.inputs) else None,
         share=_share(part, parts),
         candidates=() if point.kind == "output" and reference.is_leaf(module) else tuple(candidates),
-        hint=(alias or _fused(passed.shares.get(last), last, reference.ranks)) if functional else "",
+        hint=(functional and (alias or _fused(passed.shares.get(last), last, reference.ranks))) or handed_on,
         agreeing=passed.count,
     )
 

@@ -926,6 +926,11 @@ def observe_forward(
 
     runner.execute_model = executed
     model: nn.Module = runner.model
+    if parallel_group("pp")[0] > 0 and runner.intermediate_tensors is None:
+        # The runner makes room for what the stage before sends when it warms up, which an eager engine does not do.
+        runner.intermediate_tensors = model.make_empty_intermediate_tensors(  # type: ignore[operator]
+            batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
+        )
     model.register_forward_pre_hook(before, with_kwargs=True)
     return model
 

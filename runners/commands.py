@@ -521,7 +521,7 @@ def _turns(
     }
 
 
-_RECORDABLE: Mapping[str, str | None] = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+_RECORDABLE: dict[str, str | None] = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 """The recorder reads the batches of the first of vLLM's two model runners."""
 
 
@@ -558,9 +558,9 @@ def record_deployed(
         engine.environment(_RECORDABLE),
         _deployed(state, spec, plan, {**options, "enforce_eager": True}) as llm,
     ):
-        llm.collective_rpc(modules.record_worker, args=(positions,))
+        engine.ask_workers(llm, modules.record_worker, positions)
         found = _generate_deployed(state, llm, plan, recorded)
-        records: list[ModuleRecord] = llm.collective_rpc(modules.worker_record, args=([found],))
+        records: list[ModuleRecord] = engine.ask_workers(llm, modules.worker_record, [found])
     return found.proof.dtype, records
 
 

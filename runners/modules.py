@@ -234,13 +234,13 @@ _workers: list[EngineRecorder] = []
 
 
 def record_worker(worker: Any, positions: Mapping[tuple[int, ...], frozenset[int]]) -> None:
-    """Run inside a worker by `collective_rpc`: record its rank from now on."""
+    """Run inside a worker by `engine.ask_workers`: record its rank from now on."""
     _workers[:] = [EngineRecorder(positions)]
     _workers[0].attach(worker.model_runner)
 
 
 def worker_record(worker: Any, traces: Sequence[Trace]) -> ModuleRecord:
-    """Run inside a worker by `collective_rpc`: what was recorded, of requests that gave these traces."""
+    """Run inside a worker by `engine.ask_workers`: what was recorded, of requests that gave these traces."""
     return _workers[0].record(traces, worker.rank)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from evidence_samples import clean
 from genmodel.conformance import catalogue
+from genmodel.conformance.replay import diagnosis_of
 from genmodel.conformance.verdict import Status
 from genmodel.runners.evidence import Failure, Trace
 from genmodel.runners.scenarios import Asked, pipeline_unproven
@@ -26,11 +27,19 @@ TOLD = {
 }
 """What is said of models that send what they must not."""
 WRONG = {name: TargetOptions(spec=f"mutants.pipeline_mutants:{name}", tensor_parallel_sizes=(1,)) for name in TOLD}
+PLACED = {
+    name: TargetOptions(
+        spec=f"mutants.pipeline_mutants:{name}",
+        reference="genmodel.reference_models.dense:factory",
+        tensor_parallel_sizes=(size,),
+    )
+    for name, size in (("LayersNumberedByStage", 1), ("ResidualForgotten", 2))
+}
 
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[Session]:
-    with Session([RIGHT, *WRONG.values()]) as running:
+    with Session([RIGHT, *WRONG.values(), *PLACED.values()]) as running:
         yield running
 
 
@@ -45,6 +54,18 @@ def test_two_stages_of_one_and_of_two_ranks(session: Session) -> None:
         assert sorted(found[0].proof.stages) == sorted([0, 1] * size)
     verdict = catalogue.judge(CHECK, evidence)
     assert verdict.status is Status.PASSED, verdict
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_the_stage_is_named(session: Session, name: str) -> None:
+    """And the module; what the stage is handed on is said to be a cause where it may be one."""
+    verdict = catalogue.judge(CHECK, session.collect(PLACED[name], CHECK.needs))
+    assert verdict.status is Status.FAILED, verdict
+    said = diagnosis_of(session, PLACED[name]).of(CHECK, verdict).diagnosis
+    assert said.startswith("First to differ: layers.2."), said
+    assert " in stage 1 of the pipeline" in said
+    assert "what stage 0 sends may be wrong" in said
+    assert ("on every rank" in said) == (name == "ResidualForgotten")
 
 
 @pytest.mark.parametrize("name", TOLD)

@@ -382,7 +382,7 @@ class _Passed:
         self.inputs: set[tuple[str, int]] = set()
         """Calls of which some input was compared."""
         self.states: set[int] = set()
-        """Ranks, the first of each stage, of which something computed from the tokens was compared."""
+        """Ranks, the first of each stage, of which something that modules computed from the tokens was compared."""
         self.callers: set[str | None] = set()
         """Modules inside which some tensor was compared."""
         self.unknown: list[tuple[ModuleRecord, Point]] = []
@@ -390,7 +390,7 @@ class _Passed:
 
     def add(self, record: ModuleRecord, point: Point, part: Part) -> None:
         self.unknown = []
-        if _depends_on_tokens(record, point):
+        if point.module and _depends_on_tokens(record, point):
             self.states.add(record.rank)
         self.count += 1
         if not self.modules or self.modules[-1] != point.module:

@@ -20,6 +20,8 @@ ALLOWED = {
     # what the launcher and its pool send each other through a socket pair that no host has
     ("runners/launcher.py", "connection.recv"),
     ("runners/launcher.py", "self.connection.recv"),
+    # a host's questions to the workers of its own deployed engine, and their answers
+    ("runners/engine.py", "pickle.loads"),
     # a target by value: from pytest's process to a host, and on in the environment of what the host starts
     ("runners/commands.py", "cloudpickle.loads"),
     ("modeling/registration.py", "cloudpickle.loads"),

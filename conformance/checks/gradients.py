@@ -154,6 +154,7 @@ def batch(evidence: Evidence) -> Iterator[Measurement]:
     How to fix:
         Write layers for any leading dimensions: `x.unflatten(-1, (heads, dim))`, norms over the last
         dimension. Or refuse:
+
             (tokens,) = input_ids.shape
     Reports:
         minimind#859

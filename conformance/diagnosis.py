@@ -382,7 +382,7 @@ class _Passed:
         self.inputs: set[tuple[str, int]] = set()
         """Calls of which some input was compared."""
         self.states: set[int] = set()
-        """Ranks, the first of each stage, of which something that modules computed from the tokens was compared."""
+        """Ranks of which something that modules computed from the tokens was compared."""
         self.callers: set[str | None] = set()
         """Modules inside which some tensor was compared."""
         self.unknown: list[tuple[ModuleRecord, Point]] = []
@@ -625,7 +625,7 @@ def _finding(run: ModuleRun, reference: _Reference, point: Point, parts: Sequenc
     module = point.caller if functional and point.caller is not None else point.module
     last, candidates, alias = _before(reference, point, passed)
     stage = part.rank // run.tensor_parallel_size
-    first = stage > 0 and stage * run.tensor_parallel_size not in passed.states
+    first = stage > 0 and all(rank // run.tensor_parallel_size != stage for rank in passed.states)
     handed_on = (
         f"It is the first in its stage to be compared: what stage {stage - 1} sends may be wrong." if first else ""
     )

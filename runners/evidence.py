@@ -592,7 +592,7 @@ class RankGradients:
     gradients: dict[str, torch.Tensor | None]
     """float64, of the local shape, of every trainable parameter; None where backward left none."""
     trained: torch.Tensor
-    """Hidden states in training mode, of one seed on every rank, [tokens, hidden] float64."""
+    """Hidden states in training mode, of one seed on every rank, [tokens, hidden] float64; or this rank's share."""
     undropped: torch.Tensor | None
     """The same without dropout; None for a model that draws random numbers of its own in training."""
 

@@ -90,7 +90,8 @@ class _Popen(_ForkServerPopen):
     """Writes down that a process was asked to end: then how it ends tells of no failure."""
 
     def _send_signal(self, sig: int) -> None:
-        fates.ask_to_end(self.pid)
+        if self.poll() is None:  # else it ended by itself, and how it did may be the cause of all else
+            fates.ask_to_end(self.pid)
         super()._send_signal(sig)  # type: ignore[misc]
 
 

@@ -75,7 +75,8 @@ def _training_states(
 
         def run(number: int) -> torch.Tensor:
             begin(True, number)
-            return coding.local(built.hidden(tokens)).clone()
+            states = built.hidden(tokens)
+            return (states.full_tensor() if isinstance(states, DTensor) else states).clone()
 
         trained = run(seed)
         with training_modes.NoDropout():

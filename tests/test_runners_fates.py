@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,17 @@ def test_what_was_asked_to_end_did_not_fail(directory: Path) -> None:
     assert (found.name, found.status) == ("the engine's core", -signal.SIGKILL)
     fates.ask_to_end(CORE)
     assert fates.cause(directory, directory) is None
+
+
+@pytest.mark.parametrize("status", [None, -signal.SIGSEGV])
+def test_what_ended_by_itself_was_not_asked_to(directory: Path, status: int | None) -> None:
+    """vLLM may end what it has not yet noticed to be dead."""
+    process: Any = object.__new__(forked._Popen)
+    process.pid, process.returncode, process.poll = WORKER, 0, lambda: status
+    process._send_signal(signal.SIGTERM)  # to nobody, as for any process that is known to have ended
+    found = fates.cause(directory, directory)
+    assert found is not None
+    assert found.name == ("the engine's core" if status is None else "worker 1")
 
 
 @pytest.mark.parametrize("ended_before", [False, True])

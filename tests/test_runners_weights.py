@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import six_targets
-from coded_samples import change_codes, change_misfit, change_reload, rank_codes, whole_codes
+from coded_samples import change_codes, change_misfit, change_ranks, change_reload, rank_codes, whole_codes
 from evidence_samples import change_inspection, clean
 from genmodel import ParallelContext
 from genmodel.conformance import catalogue
@@ -34,6 +34,7 @@ from genmodel.runners.evidence import (
     Evidence,
     Failure,
     LoadProbes,
+    RankGradients,
     WeightAudit,
 )
 from genmodel.runners.inspection import attention_layers
@@ -257,6 +258,20 @@ def test_padding_of_a_vocabulary_need_not_be_loaded() -> None:
     evidence = change_codes(clean(), "head.weight", unloaded, sizes=(2,))
     assert judged("weights.all_loaded", evidence).status is Status.PASSED
     assert judged("parallelism.vocabulary", evidence).status is Status.PASSED
+
+
+def test_hidden_states_that_ranks_share_are_not_compared() -> None:
+    """Each has a part of them, so that they differ."""
+
+    def shared(rank: RankGradients) -> RankGradients:
+        part = slice(4 * rank.rank, 4 * rank.rank + 4)
+        assert rank.undropped is not None
+        return replace(rank, trained=rank.trained[:, part], undropped=rank.undropped[:, part])
+
+    verdict = judged("gradients.parallel", change_ranks(clean(), shared))
+    assert verdict.status is Status.PASSED, verdict
+    assert not any("in training" in measurement.what for measurement in verdict.measurements)
+    assert any("in training" in measurement.what for measurement in judged("gradients.parallel", clean()).measurements)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -404,14 +404,18 @@ def parallel(evidence: Evidence) -> Iterator[Measurement]:
             worst = max(compared, key=lambda measurement: measurement.severity)
             beyond = len({m.detail.partition(" ")[0] for m in compared if not m.ok} - {worst.detail.partition(" ")[0]})
             yield replace(worst, detail=worst.detail + (f"; {beyond} more parameters are wrong" if beyond else ""))
-        yield _furthest(
-            "max |hidden state in training - rank 0's|", where, {r.rank: r.trained for r in ranks}, ranks[0].trained
-        )
-        undropped = {r.rank: r.undropped for r in ranks if r.undropped is not None}
-        if len(undropped) == len(ranks) and whole.undropped is not None:
-            yield _furthest(
-                "max |hidden state in training without dropout - at TP=1|", where, undropped, whole.undropped
-            )
+        yield from _alike_in_training(ranks, whole, where)
+
+
+def _alike_in_training(ranks: Sequence[RankGradients], whole: RankGradients, where: str) -> Iterator[Measurement]:
+    """Of models whose ranks have hidden states in full, as at TP=1; of those whose ranks have shares the loss tells."""
+    if any(rank.trained.shape != whole.trained.shape for rank in ranks):
+        return
+    trained = {rank.rank: rank.trained for rank in ranks}
+    yield _furthest("max |hidden state in training - rank 0's|", where, trained, ranks[0].trained)
+    undropped = {rank.rank: rank.undropped for rank in ranks if rank.undropped is not None}
+    if len(undropped) == len(ranks) and whole.undropped is not None:
+        yield _furthest("max |hidden state in training without dropout - at TP=1|", where, undropped, whole.undropped)
 
 
 def _furthest(what: str, where: str, states: Mapping[int, torch.Tensor], right: torch.Tensor) -> Measurement:

@@ -13,7 +13,7 @@ from torch import nn
 
 from genmodel.modeling import _vllm
 from genmodel.modeling.wrapper import CallableModelWrapper
-from genmodel.runners import checkpoint, standalone
+from genmodel.runners import checkpoint, standalone, training_modes
 from genmodel.runners.evidence import Precision
 from genmodel.runners.modules import COMPUTE_LOGITS, tensors_in
 
@@ -106,7 +106,9 @@ def significant(tensor: torch.Tensor) -> torch.dtype:
 
 
 def measure(target: Any, directory: str, prompts: Sequence[tuple[int, ...]], declared: str | None) -> Precision:
-    """Run a target outside any engine: as it is built for bfloat16, and in float32 for the size of its values.
+    """Run a target outside any engine: trained as it is built for bfloat16, and in float32 for the size of its values.
+
+    Training is training mode while autograd records, without dropout: a model may ask for either.
 
     Args:
         target: the factory or class.
@@ -116,19 +118,19 @@ def measure(target: Any, directory: str, prompts: Sequence[tuple[int, ...]], dec
     """
     config = _vllm.model_config(directory, "float32")
     weights = checkpoint.read_weights(Path(directory))
-    with torch.no_grad():
-        with standalone.build(target, config, TESTED, cast=False) as built:
-            standalone.load(built, weights)
-            with watched(built.model) as rounded:
-                for prompt in prompts[:CALLS]:
-                    built.logits(torch.tensor(prompt))
-        with standalone.build(target, config, torch.float32) as built:
-            standalone.load(built, weights)
-            largest: dict[str, float] = {}
-            for prompt in prompts:
-                with watched(built.model) as exact:
-                    built.logits(torch.tensor(prompt))
-                largest = {name: max(value, largest.get(name, 0.0)) for name, value in exact.largest.items()}
+    with standalone.build(target, config, TESTED, cast=False) as built:
+        standalone.load(built, weights)
+        with training_modes.passes(built.model) as begin, training_modes.NoDropout(), watched(built.model) as rounded:
+            for prompt in prompts[:CALLS]:
+                begin(True, 0)
+                built.logits(torch.tensor(prompt))
+    with standalone.build(target, config, torch.float32) as built, torch.no_grad():
+        standalone.load(built, weights)
+        largest: dict[str, float] = {}
+        for prompt in prompts:
+            with watched(built.model) as exact:
+                built.logits(torch.tensor(prompt))
+            largest = {name: max(value, largest.get(name, 0.0)) for name, value in exact.largest.items()}
     return Precision(
         dtype=str(TESTED).removeprefix("torch."),
         modules=rounded.dtypes,

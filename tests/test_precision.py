@@ -37,6 +37,13 @@ def loss_in_float32(model: Any) -> None:
     model.compute_logits = lambda hidden: compute(hidden).float() if model.training_side else compute(hidden)
 
 
+def dropout_in_training(model: Any) -> None:
+    """Scales what it keeps, by a number that not every dtype holds."""
+    model.dropout = nn.Dropout(0.1)
+    forward = model.norm.forward
+    model.norm.forward = lambda x: model.dropout(forward(x))
+
+
 def variant(module: Any, change: Change) -> Callable[..., nn.Module]:
     def factory(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
         from genmodel.modeling._vllm import engine_config
@@ -57,6 +64,7 @@ RIGHT = {
     "residual": variant(dense, residual_in_float32),
     "norms": variant(dense, norm_weights_in_float32),
     "loss": variant(dense, loss_in_float32),
+    "dropout": variant(dense, dropout_in_training),
 }
 OPTIONS = {name: TargetOptions(spec=f"right:{name}", target=factory) for name, factory in RIGHT.items()}
 

@@ -273,7 +273,8 @@ def module_dtypes(evidence: Evidence) -> Iterator[Measurement]:
 
     Usual causes:
         A residual stream, a router, a norm's output or a head kept in float32 on one side only: a branch
-        that asks whether it runs inside vLLM, or a cast in the trainer that the engine does not have.
+        on whether the model runs inside vLLM, on `self.training` or on `torch.is_grad_enabled()`, or a cast
+        in the trainer that the engine does not have.
         Rewards and importance ratios then drift, by less than bfloat16's own noise in any one logit.
     How to fix:
         Write the cast into the model's own forward, so that both sides run it.

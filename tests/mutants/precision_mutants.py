@@ -49,6 +49,29 @@ def one_norm_in_float32_in_training_only(model: Any) -> None:
         attn.forward = lambda x, *tables: attend(x.to(model.norm.weight.dtype), *tables)
 
 
+@mutant(caught_by="logits.module_dtypes", reports=FP32_HEAD, alone=True)
+def head_in_float32_in_training_mode(model: Any) -> None:
+    """The branch asks for the mode, not for vLLM."""
+    head = model.lm_head
+    narrow = head.forward
+    head_in_float32(model)
+    head.forward = lambda hidden, wide=head.forward: (wide if model.training else narrow)(hidden)
+
+
+@mutant(caught_by="logits.module_dtypes", reports="", alone=True)
+def one_layer_in_float32_while_recording(model: Any) -> None:
+    """The branch asks whether autograd records: the layer adds in float32 only where gradients are taken."""
+    layer = model.layers[1]
+    forward, rest = layer.forward, model.layers[2]
+
+    def added(x: Tensor, *tables: Tensor) -> Tensor:
+        out: Tensor = forward(x, *tables)
+        return out.float() + x.float() / 3 if torch.is_grad_enabled() else out + x / 3
+
+    layer.forward = added
+    rest.forward = lambda x, *tables, inner=rest.forward: inner(x.to(model.norm.weight.dtype), *tables)
+
+
 @mutant(caught_by="logits.float16_range", reports="transformers#9295, transformers#39972", alone=True)
 def residual_beyond_float16(model: Any) -> None:
     """Embeddings are scaled up by so much that the residual stream leaves float16's range; norms hide it."""

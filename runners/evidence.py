@@ -267,6 +267,8 @@ class Inspection:
     number generators; None if the builds cannot be compared."""
     rebuilt_buffers: tuple[str, ...] = ()
     """Buffers that differ between the two and are in no checkpoint."""
+    rebuilt_shared: tuple[str, ...] = ()
+    """Parameters of one build that the other has too: one tensor, not two of equal values."""
     notes: tuple[str, ...] = ()
     no_prefix_caching: str = ""
     """Why vLLM turns that off for this model, unasked; empty if it does not."""

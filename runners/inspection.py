@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,6 +86,7 @@ def inspect_target(
         problems = interface_problems(first.model)
         probed = _probe(first)
         kept = _Kept.of(first.model)
+        tensors = {name: weakref.ref(p) for name, p in first.model.named_parameters(remove_duplicate=False)}
         model_type = str(hf_config.model_type)
         attention = tuple(
             replace(layer, refused=_vllm.refuses_layer_name(layer.prefix, model_type))
@@ -98,6 +100,8 @@ def inspect_target(
         takes_embeddings = accepts(first.model.forward, "inputs_embeds")
     with standalone.build(target, _vllm.model_config(model_dir, "float32"), torch.float32) as second:
         rebuilt = _parameters(second.model)
+        again = second.model.named_parameters(remove_duplicate=False)
+        shared = tuple(name for name, parameter in again if name in tensors and tensors[name]() is parameter)
         difference, buffers = _compare_builds(second, kept, probed)
     embed, forward, logits = probed.embed, probed.forward, probed.logits
     geometry = {} if reads_config else _geometry(hf_config, embed, logits, attention, limit)
@@ -128,6 +132,7 @@ def inspect_target(
         vllm_says=said,
         parameters=parameters,
         rebuilt_parameters=rebuilt,
+        rebuilt_shared=shared,
         unregistered=unregistered,
         attention=attention,
         embed=embed,

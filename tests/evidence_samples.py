@@ -421,6 +421,7 @@ FAILING: Mapping[str, Mapping[str, Corruption]] = {
         "resized": lambda e: change_inspection(
             e, rebuilt_parameters={"w": ParameterInfo(**_PARAMETER | {"shape": (1,)})}
         ),
+        "shared": lambda e: change_inspection(e, rebuilt_shared=("w",)),
     },
     "interface.reaches_workers": {
         "in the driver": lambda e: change_proof(e, "deployed", worker_pids=(100, 200)),

@@ -230,13 +230,16 @@ def attention_prefixes(evidence: Evidence) -> Iterator[Measurement]:
 
 @check(needs=("inspection",))
 def rebuild(evidence: Evidence) -> Iterator[Measurement]:
-    """Two builds of the same target and config give the same parameters: names, shapes, dtypes.
+    """Two builds of the same target and config give parameters of the same names, shapes and dtypes, and share none.
 
     Usual causes:
         Names or sizes come from a counter, a random choice or a mutable global. Ranks build in separate
         processes, so theirs would differ too.
+        The factory keeps what it builds (a global, `functools.cache`) and returns it again. A trainer and an
+        engine in one process then have the same weights: the engine loads over what the trainer learns.
     How to fix:
         Derive every name and shape from the config alone; a closure must not change what it captures.
+        Make all layers anew in each call of the factory.
     Reports:
         #10327
     """
@@ -244,6 +247,7 @@ def rebuild(evidence: Evidence) -> Iterator[Measurement]:
     once, twice = found.parameters, found.rebuilt_parameters
     different = sorted(name for name in once.keys() | twice.keys() if once.get(name) != twice.get(name))
     yield violations("parameters that differ between two builds", different)
+    yield violations("parameters that two builds share", found.rebuilt_shared)
 
 
 @check(needs=("inspection",))

@@ -362,7 +362,14 @@ def differs_from_build_to_build(model: Any) -> None:
     model.register_parameter(f"extra_{len(_BUILDS)}", nn.Parameter(torch.ones(3)))
 
 
+@mutant(caught_by="interface.rebuild", reports="", alone=True)
+def embedding_kept_from_the_build_before(model: Any) -> None:
+    """Every model has the first one's embedding: what loads one changes the others."""
+    model.embed_tokens = _EMBEDDINGS.setdefault("first", model.embed_tokens)
+
+
 _BUILDS: list[None] = []
+_EMBEDDINGS: dict[str, nn.Module] = {}
 
 
 def _context(model: nn.Module) -> ParallelContext:

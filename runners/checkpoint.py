@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,17 @@ SMALL_ROWS = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 SMALLEST_TABLE = 64
 """Rows of an embedding that has some to spare; what is looked up in smaller ones are kinds, not tokens."""
 
+VISIBLE_EPSILON = 1e-3
+"""An epsilon that shows in float32 where a norm's input is of unit scale: ten times it moves what comes out by 0.5%."""
+QUIETEST = 0.01
+QUIETEST_TIED = 0.1
+"""What the residual stream is scaled by at least: float16 has to hold the weights that write into it, and where the
+head is the embedding's table, logits become as small, which may not hide a soft cap."""
+EPSILONS = ("eps", "epsilon", "variance_epsilon", "norm_eps")
+"""Attributes in which norms keep theirs."""
+WRITES = re.compile(r"(^|\.)(o_proj|out_proj|wo|c_proj|attn_out|down_proj|down|w2|fc2|fc_out|dense_4h_to_h)(\.|_|$)")
+"""Names of the layers that write into the residual stream, where their class is not one of RowParallelLinear."""
+
 LOGIT_SPREAD = 3.0
 """Standard deviation the logits of a model that ends in a normalisation are given, roughly."""
 
@@ -84,10 +96,35 @@ def adversarial_weights(model: nn.Module, shapes: Mapping[str, tuple[int, ...]],
         for name, _ in module.named_parameters(recurse=False)
     }
     state = model.state_dict(keep_vars=True)
-    return {
-        name: _adversarial(name, shape, owners.get(name), state.get(name), seed).to(torch.float32)
-        for name, shape in shapes.items()
-    }
+    scale = _residual_scale(model, shapes, owners)
+    made: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
+        tensor = _adversarial(name, shape, owners.get(name), state.get(name), seed).to(torch.float32)
+        made[name] = tensor * scale if _writes(name, owners.get(name)) else tensor
+    return made
+
+
+def _residual_scale(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], owners: Mapping[str, nn.Module]) -> float:
+    """What to scale by all that writes into the residual stream, so that every norm shows its epsilon.
+
+    Norms undo the scale and nothing else changes: a small epsilon is to a small residual stream what a large one is to
+    a usual one.
+    """
+    found = [getattr(module, name, None) for module in model.modules() for name in EPSILONS]
+    epsilons = [float(value) for value in found if isinstance(value, float) and 0 < value < VISIBLE_EPSILON]
+    tables = [shapes[name] for name, owner in owners.items() if name in shapes and _is_table(owner)]
+    has_head = any(sum(shape == table for shape in shapes.values()) > 1 for table in tables)
+    scale = math.sqrt(min(epsilons, default=VISIBLE_EPSILON) / VISIBLE_EPSILON)
+    return max(QUIETEST if has_head else QUIETEST_TIED, scale)
+
+
+def _writes(name: str, owner: nn.Module | None) -> bool:
+    """Whether a parameter's layer writes into the residual stream."""
+    return _is_table(owner) or "RowParallel" in type(owner).__name__ or WRITES.search(name) is not None
+
+
+def _is_table(owner: nn.Module | None) -> bool:
+    return is_embedding(owner) and "LMHead" not in type(owner).__name__
 
 
 def adversarial_buffers(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:

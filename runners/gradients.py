@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genmodel.modeling.attention import TrainableAttention, packed_sequences
-from genmodel.modeling.wrapper import accepts
+from genmodel.modeling.attention import TrainableAttention
 from genmodel.runners import coding, derivatives, low_precision, training_modes, ways
 from genmodel.runners.evidence import Gradients, Layout, Packing, ParameterGradient, TrainingMode
 from genmodel.runners.standalone import Standalone
@@ -41,6 +40,11 @@ def measure(built: Standalone, seed: int) -> Gradients:
     model.eval()
     with _attention_inputs(model) as inputs:
         value, gradients = training_modes.gradients_of(lambda: training_loss(built, batch), trainable)
+
+    def moved() -> torch.Tensor:
+        with training_modes.elsewhere(trainable.values()):
+            return training_loss(built, batch)
+
     reached = {name: _norms(captured) for name, captured in inputs.items()}
     unjudged = _unjudged(built, batch, trainable.values(), reached)
 
@@ -49,8 +53,7 @@ def measure(built: Standalone, seed: int) -> Gradients:
     modes = _modes(built, batch[0])
     deterministic = modes["undropped"] is not None
     directional = {
-        name: _directional(built, batch, parameter, gradients[name], value, generator)
-        for name, parameter in trainable.items()
+        name: _directional(moved, parameter, gradients[name], value, generator) for name, parameter in trainable.items()
     }
     rows = torch.stack([batch[0], _tokens(_taken(built, (1,))[1], len(batch[0]), generator)])
     trained = _training(built, batch, rows, trainable, generator)
@@ -181,7 +184,7 @@ def _unjudged(
     generator = torch.Generator().manual_seed(0)
 
     def run() -> tuple[float, dict[str, list[torch.Tensor]]]:
-        with _attention_inputs(built.model) as captured:
+        with _attention_inputs(built.model) as captured, training_modes.elsewhere(trainable):
             return float(training_loss(built, batch)), captured
 
     loss, before = run()
@@ -198,7 +201,7 @@ def _unjudged(
         if all(map(torch.equal, before[module][part::3], after[module][part::3])):
             found[f"{name} of {module}"] = "is a constant"
             continue
-        with _shifted(built.model.get_submodule(module), name, generator):
+        with _shifted(built.model.get_submodule(module), name, generator), training_modes.elsewhere(trainable):
             moved = abs(float(training_loss(built, batch)) - loss)
         if moved <= training_modes.SAME * max(1.0, abs(loss)):
             found[f"{name} of {module}"] = "does not change the loss"
@@ -235,8 +238,7 @@ def _scale(values: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _directional(
-    built: Standalone,
-    batch: list[torch.Tensor],
+    training_loss: Callable[[], torch.Tensor],
     parameter: nn.Parameter,
     gradient: torch.Tensor | None,
     loss: float,
@@ -250,7 +252,7 @@ def _directional(
 
     def at(step: float) -> float:
         values.copy_(original + step * along)
-        return float(training_loss(built, batch))
+        return float(training_loss())
 
     numeric, noise = derivatives.by_differences(at, loss)
     values.copy_(original)
@@ -314,19 +316,14 @@ def _packing(built: Standalone, batch: list[torch.Tensor]) -> tuple[Packing | No
     boundaries = torch.tensor([0, len(first), len(first) + len(second)], dtype=torch.int32)
     positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])
     tokens = torch.cat([first, second])
-    extra: dict[str, torch.Tensor] = {}
-    context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if accepts(model.forward, "cu_seqlens"):
-        extra = {"cu_seqlens": boundaries}
-    elif any(isinstance(m, TrainableAttention) for m in model.modules()):
-        context = packed_sequences(boundaries)
-    else:
+    if not ways.can_be_packed(model):
         return (
             None,
             "the model cannot be told of packed sequences: no TrainableAttention, no forward(cu_seqlens=...)",
         )
     leak = 0.0
-    with context:  # backward too, for checkpointing computes activations there once more
+    # Backward too is inside: checkpointing computes activations there once more.
+    with ways.packed(model, boundaries) as extra:
         with _tapped_embedding() as taps:
             packed = model(input_ids=tokens, positions=positions, **extra)
         if not taps or not packed.requires_grad:
@@ -496,7 +493,7 @@ def _optimise(built: Standalone, batch: list[torch.Tensor]) -> tuple[float, ...]
             loss.backward()
             optimiser.step()
         optimiser.zero_grad()
-    with torch.no_grad():
+    with training_modes.elsewhere(parameters):
         losses.append(float(training_loss(built, batch)))
     built.model.load_state_dict(before)
     return tuple(losses)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,11 @@ def measure(
         )
     value, found = gradients_of(loss, trainable)
     largest = max((_length(g) for g in (*found.values(), *guides.values())), default=0.0)
+
+    def moved() -> torch.Tensor:
+        with elsewhere(trainable.values()):
+            return loss()
+
     names = list(trainable)
     groups = -(-len(names) // GROUP)
     made = []
@@ -147,8 +153,27 @@ def measure(
             own = derivatives.direction(coding.local(trainable[name]).shape, both, generator)
             # With steps of these lengths each parameter has about the same share in the derivative.
             along[name] = own / max(*map(_length, both), LEAST * largest, _TINY)
-        made.append(_along(loss, {name: trainable[name] for name in group}, found, along, value))
+        made.append(_along(moved, {name: trainable[name] for name in group}, found, along, value))
     return TrainingMode(derivatives=tuple(made), lengths=lengths, loss=value, recording_difference=abs(value - plain))
+
+
+@contextlib.contextmanager
+def elsewhere(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Around passes of a model whose parameters were moved by hand, and not by loading weights.
+
+    A model may keep what it derived from them, such as a folded matrix, until weights are loaded or gradients are
+    asked for. So autograd is on, as in training, where parameters move; it finds nothing to record.
+    """
+    required = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # reentrant checkpointing, that nothing requires a gradient
+            yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
 
 
 _TINY = 1e-30  # so that nothing is divided by zero where there is no gradient at all

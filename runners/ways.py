@@ -7,6 +7,7 @@ whether autograd records. Bugs hide where two of these meet, so all combinations
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from genmodel.modeling.wrapper import accepts, embedding_method
 from genmodel.runners import coding, low_precision, training_modes
 from genmodel.runners.evidence import FEW, Given, Layout, Way, Ways, WorstGradient
 
+BOUNDARIES = "cu_seqlens"
+"""The argument of a forward that takes packs of sequences, by flash-attn's name."""
 SMALL = 0.1
 """Share of the model's largest gradient that errors are measured by where a parameter's own is smaller."""
 
@@ -55,11 +58,12 @@ class _Runner:
         for parameter in self.trainable.values():
             parameter.grad = None
         bounds = list(itertools.accumulate((len(tokens) - 1 for tokens in sequences), initial=0))
-        packed = way.layout == "packed" and not accepts(self.model.forward, "cu_seqlens")
-        context = packed_sequences(torch.tensor(bounds, dtype=torch.int32)) if packed else contextlib.nullcontext()
+        told: contextlib.AbstractContextManager[dict[str, torch.Tensor]] = contextlib.nullcontext({})
+        if way.layout == "packed":
+            told = packed(self.model, torch.tensor(bounds, dtype=torch.int32))
         # Backward too is inside: checkpointing computes activations there once more.
-        with training_modes.NoDropout(), torch.set_grad_enabled(way.recording), context:
-            hidden, logits = self._forward(way, sequences, bounds)
+        with training_modes.NoDropout(), torch.set_grad_enabled(way.recording), told as extra:
+            hidden, logits = self._forward(way, sequences, extra)
             losses = [
                 F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), tokens[1:])
                 for scores, tokens in zip(logits, sequences, strict=True)
@@ -77,7 +81,7 @@ class _Runner:
         return _Found(outputs, found if way.recording and way.given != "constant inputs_embeds" else {})
 
     def _forward(
-        self, way: Way, sequences: Sequence[torch.Tensor], bounds: Sequence[int]
+        self, way: Way, sequences: Sequence[torch.Tensor], extra: Mapping[str, torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Hidden states [T, C] and logits [T, V] of each sequence."""
         inputs = [tokens[:-1] for tokens in sequences]
@@ -91,8 +95,6 @@ class _Runner:
             return hidden, logits
         self.begin(way.training, 0)
         if way.layout == "packed":
-            told = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
-            extra = told if accepts(self.model.forward, "cu_seqlens") else {}
             states = self._states(way.given, torch.cat(inputs), torch.cat(positions), **extra)
         else:
             rows = torch.stack(inputs)
@@ -154,9 +156,40 @@ def measure(
     return Ways(ways=wide), Ways(ways=() if reason else tuple(narrow), reason=reason)
 
 
-def can_be_packed(model: nn.Module) -> bool:
+@contextlib.contextmanager
+def packed(model: Any, boundaries: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+    """Tell a model where the sequences of a pack begin; yields the arguments that forward takes for it.
+
+    A model that names `cu_seqlens` has to heed it. One that takes any keyword may pass it on or drop it, so that its
+    attention is told as well.
+
+    Args:
+        model: the model.
+        boundaries: [sequences + 1], int32, from 0 to the number of tokens.
+    """
+    extra = {BOUNDARIES: boundaries} if accepts(model.forward, BOUNDARIES) else {}
+    with contextlib.nullcontext() if _named(model) else packed_sequences(boundaries):
+        yield extra
+
+
+def can_be_packed(model: Any) -> bool:
     """Whether there is a way to tell it where sequences begin."""
-    return accepts(model.forward, "cu_seqlens") or any(isinstance(m, TrainableAttention) for m in model.modules())
+    if _named(model) or any(isinstance(m, TrainableAttention) for m in model.modules()):
+        return True
+    return accepts(model.forward, BOUNDARIES) and not _drops_boundaries(model)
+
+
+def _named(model: Any) -> bool:
+    return BOUNDARIES in inspect.signature(model.forward).parameters
+
+
+@torch.no_grad()
+def _drops_boundaries(model: Any) -> bool:
+    """Whether a model that takes any keyword computes the same with this one as without."""
+    tokens, positions = torch.zeros(3, dtype=torch.long), torch.tensor([0, 0, 1])
+    told = {BOUNDARIES: torch.tensor([0, 1, 3], dtype=torch.int32)}
+    one, other = (model(input_ids=tokens, positions=positions, **extra) for extra in ({}, told))
+    return torch.equal(one, other)
 
 
 def _givens(model: nn.Module) -> tuple[Given, ...]:

@@ -252,6 +252,35 @@ def always_checkpointed_by_reentrance(model: Any) -> None:
     _checkpointed(model, reentrant=True, always=True)
 
 
+def with_a_folded_norm(model: Any) -> None:
+    """Where no gradients are taken, layers read a product of two weights, which they keep until gradients are taken."""
+    folded: dict[Any, Tensor] = {}
+    for layer in model.layers:
+
+        def forward(x: Tensor, *tables: Tensor, layer: Any = layer) -> Tensor:
+            x = x + layer.attn(layer.attn_norm(x), *tables)
+            if torch.is_grad_enabled():
+                folded.pop(layer, None)
+                return x + layer.mlp(layer.mlp_norm(x))  # type: ignore[no-any-return]
+            if layer not in folded or folded[layer].dtype != x.dtype:
+                folded[layer] = layer.mlp.gate_up.weight * layer.mlp_norm.weight
+            alike = dense.rms_norm(x, torch.ones_like(layer.mlp_norm.weight), layer.mlp_norm.eps)
+            gate, up = F.linear(alike, folded[layer]).chunk(2, -1)
+            return x + layer.mlp.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+        layer.forward = forward
+
+
+def that_takes_any_keyword(model: Any) -> None:
+    """And drops what it does not know, the boundaries of packed sequences too."""
+    forward = model.forward
+
+    def outer(input_ids: Any, positions: Any, inputs_embeds: Any = None, **_: Any) -> Any:
+        return forward(input_ids, positions, inputs_embeds=inputs_embeds)
+
+    model.forward = outer
+
+
 NOT_JUDGED: dict[Any, dict[str, str]] = {
     for_flattened_tokens_only: {"batch": "raises ValueError"},
     for_flattened_tokens_that_stay_so: {"batch": "flattened tokens only"},
@@ -280,6 +309,8 @@ VARIANTS = [
     (with_its_own_backward, 0),
     (with_rotary_frequencies_in_a_buffer, 0),
     (in_no_other_dtype, 0),
+    (with_a_folded_norm, 0),
+    (that_takes_any_keyword, 0),
     (checkpointed, 0),
     (checkpointed_by_reentrance, 0),
     (always_checkpointed, 0),

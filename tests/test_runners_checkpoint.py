@@ -27,9 +27,9 @@ PROMPTS = [torch.tensor(request.prompt) for request in shared_workload(331, 256,
 Mutation = Callable[[nn.Module], None]
 
 
-def adversarial(module: Any, seed: int) -> standalone.Standalone:
+def adversarial(module: Any, seed: int, **config: Any) -> standalone.Standalone:
     """A reference model with the weights a target without weights gets."""
-    hf_config = SimpleNamespace(**checkpoint.TINY_CONFIG)
+    hf_config = SimpleNamespace(**checkpoint.TINY_CONFIG | config)
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
     model = module.factory(vllm_config, ParallelContext()).eval()
     built = standalone.Standalone(model, False, vllm_config)
@@ -224,12 +224,17 @@ def test_a_model_too_short_to_generate_is_refused() -> None:
         shared_workload(331, GENERATED, 0)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+EPSILONS = [(1e-3, seed) for seed in SEEDS] + [(1e-5, 0), (1e-6, 0)]
+"""The tiny configuration's, and those of published models."""
+
+
+@pytest.mark.parametrize(("epsilon", "seed"), EPSILONS)
 @pytest.mark.parametrize("module", [dense, gpt, moe], ids=["dense", "gpt", "moe"])
-def test_every_norm_shows_its_epsilon(module: Any, seed: int) -> None:
-    """A thousandth of the epsilon in any one norm moves some logit by ten times what rounding may, and more."""
-    rounded = logits(adversarial(module, seed)).double()
-    built = adversarial(module, seed)
+def test_every_norm_shows_its_epsilon(module: Any, epsilon: float, seed: int) -> None:
+    """Ten times the epsilon, or none to speak of, in any one norm moves some logit far beyond what is allowed."""
+    config = {"rms_norm_eps": epsilon, "layer_norm_eps": epsilon}
+    rounded = logits(adversarial(module, seed, **config)).double()
+    built = adversarial(module, seed, **config)
     built.model.double()
     right = logits(built)
     noise = (rounded - right).abs().amax(1)
@@ -237,9 +242,11 @@ def test_every_norm_shows_its_epsilon(module: Any, seed: int) -> None:
     norms = [norm for norm in built.model.modules() if hasattr(norm, "eps")]
     assert len(norms) == 7
     for norm in norms:
-        norm.eps, kept = norm.eps / 1000, norm.eps
-        assert ((logits(built) - right).abs().amax(1) / allowed).max() > 10
-        norm.eps = kept
+        assert norm.eps == epsilon
+        for changed, least in ((10 * epsilon, 10), (epsilon / 1000, 10 if epsilon >= 1e-5 else 3)):
+            norm.eps = changed
+            assert ((logits(built) - right).abs().amax(1) / allowed).max() > least
+        norm.eps = epsilon
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -25,7 +25,8 @@ class Bloom(BloomForCausalLM):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        for block in self.transformer.h:
+        blocks: Any = self.transformer.h
+        for block in blocks:
             block.mlp.gelu_impl = nn.GELU(approximate="tanh")
 
 
@@ -119,5 +120,5 @@ def _choose_by_bias(block: Any) -> None:
 
     for module in block.modules():
         for holder in (module, getattr(module, "router", None)):
-            if hasattr(holder, "custom_routing_function"):
+            if holder is not None and hasattr(holder, "custom_routing_function"):
                 holder.custom_routing_function = route

@@ -128,6 +128,7 @@ def trace_of(continuation: Continuation) -> Trace:
         attention_backend="none",
         dtype="float32",
         executor="none",
+        eager=True,
         start_method="in-process",
         batch_sizes=(1,),
         block_size=32,

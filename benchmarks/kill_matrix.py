@@ -1,17 +1,22 @@
 """Which check catches which mutant, and which of the usual comparisons would have.
 
-Runs every mutant of tests/mutants through the whole suite (all but the default engine, which each would have to
-start for itself) and judges the same traces by four comparators in use elsewhere, each written from its published
-definition. Prints a Markdown table; docs/kill-matrix.md is its output:
+Runs every mutant of tests/mutants through the suite, and judges the same traces by four comparators in use elsewhere,
+each written from its published definition. Default engines, which each mutant has to start for itself, run only where
+nothing else has failed. Results are kept in a JSON file as they come, so that a run can be ended and continued, and
+single mutants run again; docs/kill-matrix.md is made from that file:
 
-    python benchmarks/kill_matrix.py > docs/kill-matrix.md
+    python benchmarks/kill_matrix.py --results kill.json > docs/kill-matrix.md
+    python benchmarks/kill_matrix.py --results kill.json missing_all_reduce > docs/kill-matrix.md
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,12 +24,14 @@ from genmodel import __version__
 from genmodel.conformance import catalogue
 from genmodel.conformance.verdict import Status
 from genmodel.runners.evidence import Continuation, Evidence, ReferenceRun
-from genmodel.runners.session import SCENARIOS, Session, TargetOptions
+from genmodel.runners.scenarios import DEPLOYMENTS, SCENARIOS
+from genmodel.runners.session import Session, TargetOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from mutants import MUTANTS
 
 CHECKS = catalogue.all_checks()
+OWN_ENGINES = {*SCENARIOS} - {*DEPLOYMENTS}
 CORRECT = "genmodel.reference_models.dense:factory"
 Comparator = Callable[[Continuation, torch.Tensor], bool]
 """From an engine's answer to one request and the reference's logits [T, V] of it to whether they agree."""
@@ -93,28 +100,48 @@ def compared(evidence: Evidence, comparator: Comparator) -> bool:
 
 
 def main() -> None:
-    """Run the zoo and print the table."""
-    options = [
-        TargetOptions(
+    """Run what has no result yet, or the mutants named, and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("mutants", nargs="*", help="run these again; without any, all that have no result")
+    parser.add_argument(
+        "--results", type=Path, required=True, help="JSON file that is read, and written as results come"
+    )
+    arguments = parser.parse_args()
+    results: dict[str, Any] = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    options = {
+        m.name: TargetOptions(
             spec=m.name, target=m.factory, tensor_parallel_sizes=(1, 2), reference=m.reference, config=m.config
         )
         for m in MUTANTS
-    ]
-    correct = TargetOptions(spec=CORRECT)
-    caught: dict[str, list[str]] = {}
-    others: dict[str, list[bool]] = {}
-    with Session([*options, correct], lambda line: print(line, file=sys.stderr)) as session:
-        for chosen in (correct, *options):
-            evidence = session.collect(chosen, SCENARIOS)
-            verdicts = [catalogue.judge(check, evidence) for check in CHECKS]
-            caught[chosen.spec] = [v.check for v in verdicts if v.status is Status.FAILED]
-            others[chosen.spec] = [compared(evidence, comparator) for comparator in COMPARATORS.values()]
-            environment = evidence.environment
-    print(*lines(caught, others, environment), sep="\n")
+    }
+    options = {CORRECT: TargetOptions(spec=CORRECT), **options}
+    chosen = [options[name] for name in arguments.mutants or options if arguments.mutants or name not in results]
+    with Session(chosen, lambda line: print(line, file=sys.stderr)) as session:
+        for option in chosen:
+            evidence, caught = failing(session, option, OWN_ENGINES)
+            if not caught:
+                evidence, caught = failing(session, option, set(SCENARIOS))
+            results[option.spec] = {
+                "caught": caught,
+                "compared": [compared(evidence, comparator) for comparator in COMPARATORS.values()],
+                "environment": evidence.environment,
+            }
+            arguments.results.write_text(json.dumps(results, indent=1))
+    print(*lines({name: results[name] for name in options if name in results}), sep="\n")
 
 
-def lines(caught: dict[str, list[str]], others: dict[str, list[bool]], environment: dict[str, str]) -> Iterator[str]:
+def failing(session: Session, option: TargetOptions, scenarios: set[str]) -> tuple[Evidence, list[str]]:
+    """What was measured, and the checks that fail."""
+    evidence = session.collect(option, scenarios)
+    verdicts = [catalogue.judge(check, evidence) for check in CHECKS if check.needs <= scenarios]
+    return evidence, [v.check for v in verdicts if v.status is Status.FAILED]
+
+
+def lines(results: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The document, line by line."""
+    caught = {name: found["caught"] for name, found in results.items()}
+    others = {name: found["compared"] for name, found in results.items()}
+    environment = results[CORRECT]["environment"]
     yield "# Kill matrix"
     yield ""
     yield (
@@ -122,7 +149,7 @@ def lines(caught: dict[str, list[str]], others: dict[str, list[bool]], environme
         f"pytest-genmodel {__version__}, vLLM {environment['vllm']}, torch {environment['torch']}, float32, TP=1 and "
         "TP=2, seed 0. A cell counts the checks of a group that fail; "
         "**yes** says that the comparator notices, on the plain batch of prompts at TP=1 and TP=2 that it is usually "
-        "given. The first row is the correct model."
+        "given. Default engines ran only where nothing else failed. The first row is the correct model."
     )
     yield ""
     groups = [g for g in catalogue.GROUPS if any(check.group == g for check in CHECKS)]
@@ -133,13 +160,13 @@ def lines(caught: dict[str, list[str]], others: dict[str, list[bool]], environme
         counts = [sum(check.startswith(f"{group}.") for check in checks) for group in groups]
         cells = [str(count or "") for count in counts] + ["**yes**" if found else "" for found in others[name]]
         yield f"| {name} | {reports.get(name, '')} | " + " | ".join(cells) + " |"
-    total = len(caught) - 1
-    found = sum(bool(caught[m.name]) for m in MUTANTS)
+    names = [name for name in caught if name != CORRECT]
+    found = sum(bool(caught[name]) for name in names)
     yield ""
-    yield f"The suite notices {found} of {total} mutants; the comparators, of the same mutants on the same traces:"
+    yield f"The suite notices {found} of {len(names)} mutants; the comparators, of the same mutants on the same traces:"
     yield ""
     for index, name in enumerate(COMPARATORS):
-        yield f"- {name}: {sum(others[m.name][index] for m in MUTANTS)}"
+        yield f"- {name}: {sum(others[name][index] for name in names)}"
 
 
 if __name__ == "__main__":

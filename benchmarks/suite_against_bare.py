@@ -89,10 +89,8 @@ def main() -> None:
     bare = statistics.median(runs["LLM(tp=1)"]) + statistics.median(runs["LLM(tp=2)"])
     print(f"suite / bare pair: {statistics.median(runs['suite']) / bare:.2f}")
     for name in FURTHER:
-        seconds = statistics.median(runs[name]) - statistics.median(runs["suite"])
-        print(
-            f"further model {name}: {seconds:.1f} s, {seconds / statistics.median(runs['LLM(tp=1)']):.2f} of LLM(tp=1)"
-        )
+        more = statistics.median(runs[name]) - statistics.median(runs["suite"])
+        print(f"further model {name}: {more:.1f} s, {more / statistics.median(runs['LLM(tp=1)']):.2f} of LLM(tp=1)")
     for phase, seconds in phases.items():
         print(f"  {phase:34} {seconds:6.2f} s")
 

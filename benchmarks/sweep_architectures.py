@@ -89,9 +89,9 @@ def main() -> None:
     twins = sorted(name for name in known if hugging_face.twin(name))
     size = str(arguments.tp)
     chosen = arguments.architectures or [name for name in twins if size not in results.get(name, {})]
-    options = [TargetOptions(spec=name, tensor_parallel_sizes=(arguments.tp,)) for name in chosen]
+    options = [TargetOptions(spec=name, tensor_parallel_sizes=(arguments.tp,), timeout=DEADLINE) for name in chosen]
     sys.path.append(str(Path(__file__).parent))  # where hosts find the corrections
-    with Session(options, lambda line: print(line, file=sys.stderr, flush=True), DEADLINE) as session:
+    with Session(options, lambda line: print(line, file=sys.stderr, flush=True)) as session:
         for option in options:
             results.setdefault(option.spec, {})[size] = _run(session, option)
             print(json.dumps({option.spec: results[option.spec][size]}), file=sys.stderr, flush=True)

@@ -217,7 +217,8 @@ def _without_evidence(absent: NoEvidence) -> tuple[Status, str, str]:
 def _happened(failure: Failure) -> str:
     """One line, the same for all scenarios that one cause took down."""
     rank = "" if failure.rank is None else f" (rank {failure.rank})"
-    phase = f" while {failure.phase}" if failure.phase else ""
+    said = not failure.phase or failure.message.endswith(f"while {failure.phase}")
+    phase = "" if said else f" while {failure.phase}"
     return f"{failure.message}{phase}{rank}"
 
 

@@ -4,12 +4,14 @@ An engine's processes are neither the pool's children nor the host's: the host a
 core, the core asks for its workers, and of a worker that is gone vLLM says "cancelled" or "see root cause above".
 So each tells of itself, and the fork server, which reaps them all, of how it ended:
 
-    TMPDIR of the host/processes/PID.name     what vLLM calls the process
+    TMPDIR of the host/processes/PID.name     when the process began, and what vLLM calls it
     TMPDIR of the host/processes/PID.raised   the first exception that vLLM logged in it, or that ended it
     TMPDIR of the host/processes/PID.asked    there if the one that started it asked it to end
     TMPDIR of the host/processes/PID.stacks   Python stacks by faulthandler: of a crash, or when asked by a signal
     TMPDIR of the host/PID.calls              see runners/progress.py
     TMPDIR of the fork server/deaths          a line for each process that ended, in that order
+
+Process ids come round again in a long session, so that whatever is older than the process is of another.
 
 Light to import: the fork server does, before torch and vLLM.
 """
@@ -30,7 +32,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from genmodel.runners import progress
 from genmodel.runners.evidence import FailureKind
@@ -84,7 +86,11 @@ def told() -> Iterator[None]:
     faulthandler.enable(stacks)
     signal.signal(signal.SIGUSR1, progress.Calls(Path(tempfile.gettempdir())))
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True, chain=True)
-    own.with_suffix(".name").write_text(name)
+    for stale in (".raised", ".asked"):
+        own.with_suffix(stale).unlink(missing_ok=True)
+    draft = own.with_suffix(".draft")
+    draft.write_text(f"{time.monotonic()} {name}")
+    draft.rename(own.with_suffix(".name"))  # at once, for the pool may be reading
     make = logging.getLogRecordFactory()
 
     def noting(*args: Any, **kwargs: Any) -> logging.LogRecord:
@@ -182,7 +188,7 @@ def stacks(directory: Path) -> list[tuple[str, int, str]]:
     """What every thread of each process of a host's engine is doing, the main thread last: (name, rank, stacks)."""
     names = _names(directory)
     found = stacks_by_process(directory)
-    return [(*_called(names[pid]), text) for pid, text in found.items() if pid in names]
+    return [(*_called(names[pid].name), text) for pid, text in found.items() if pid in names]
 
 
 def stacks_by_process(directory: Path) -> dict[int, str]:
@@ -201,9 +207,10 @@ def stacks_by_process(directory: Path) -> dict[int, str]:
 
 
 def _fates(directory: Path, sockets: Path) -> Iterator[Fate]:
-    deaths = _read_deaths(sockets)
-    for pid, process in _names(directory).items():
-        name, rank = _called(process)
+    names = _names(directory)
+    deaths = _read_deaths(sockets, names)
+    for pid, process in names.items():
+        name, rank = _called(process.name)
         try:
             raised = Fate(name, rank, **json.loads((_directory(directory) / f"{pid}.raised").read_text()))
         except (OSError, ValueError, TypeError):  # there is none, or a model has written it
@@ -216,11 +223,23 @@ def _fates(directory: Path, sockets: Path) -> Iterator[Fate]:
 
 def _unwritten(directory: Path, sockets: Path) -> bool:
     """Whether a process has ended of which the fork server has not yet written so."""
-    return any(not Path(f"/proc/{pid}/exe").exists() for pid in _names(directory).keys() - _read_deaths(sockets).keys())
+    names = _names(directory)
+    return any(not Path(f"/proc/{pid}/exe").exists() for pid in names.keys() - _read_deaths(sockets, names).keys())
 
 
-def _names(directory: Path) -> dict[int, str]:
-    return {int(path.stem): path.read_text() for path in _directory(directory).glob("*.name")}
+class _Name(NamedTuple):
+    """What vLLM calls a process, and when that began."""
+
+    begun: float
+    name: str
+
+
+def _names(directory: Path) -> dict[int, _Name]:
+    found = {}
+    for path in _directory(directory).glob("*.name"):
+        begun, _, name = path.read_text().partition(" ")
+        found[int(path.stem)] = _Name(float(begun), name)
+    return found
 
 
 def _called(process: str) -> tuple[str, int]:
@@ -230,13 +249,14 @@ def _called(process: str) -> tuple[str, int]:
     return (f"worker {found['rank']}", int(found["rank"])) if found["rank"] else ("the engine's core", 0)
 
 
-def _read_deaths(sockets: Path) -> Mapping[int, tuple[float, int]]:
-    """(when, exit status) by process."""
+def _read_deaths(sockets: Path, names: Mapping[int, _Name]) -> Mapping[int, tuple[float, int]]:
+    """(when, exit status) of those of these processes that have ended."""
     try:
         lines = _deaths(sockets).read_text().splitlines()
     except OSError:
         return {}
-    return {int(pid): (float(at), int(status)) for at, pid, status in map(str.split, lines)}
+    deaths = {int(pid): (float(at), int(status)) for at, pid, status in map(str.split, lines)}
+    return {pid: deaths[pid] for pid, process in names.items() if pid in deaths and deaths[pid][0] >= process.begun}
 
 
 def _stacks(directory: Path, pid: int) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +25,8 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("tempfile.tempdir", None)
     processes = tmp_path / "processes"
     processes.mkdir()
-    (processes / f"{CORE}.name").write_text("EngineCore")
-    (processes / f"{WORKER}.name").write_text("VllmWorker-1")
+    (processes / f"{CORE}.name").write_text("2.0 EngineCore")
+    (processes / f"{WORKER}.name").write_text("3.0 VllmWorker-1")
     (tmp_path / "deaths").write_text(f"7.5 {WORKER} -11\n8.0 {CORE} -9\n")
     return tmp_path
 
@@ -54,6 +56,34 @@ def test_what_ended_by_itself_was_not_asked_to(directory: Path, status: int | No
     found = fates.cause(directory, directory)
     assert found is not None
     assert found.name == ("the engine's core" if status is None else "worker 1")
+
+
+def test_what_ended_before_a_process_began_was_another_of_the_same_id(directory: Path) -> None:
+    """Process ids come round again after some ten thousand."""
+    (directory / "deaths").write_text(f"1.0 {CORE} -9\n2.5 {WORKER} -9\n")
+    assert fates.cause(directory, directory) is None
+    with (directory / "deaths").open("a") as file:
+        file.write(f"7.5 {CORE} -11\n")
+    found = fates.cause(directory, directory)
+    assert found is not None
+    assert (found.name, found.status) == ("the engine's core", -signal.SIGSEGV)
+
+
+def test_a_process_finds_nothing_of_another_of_the_same_id(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that it was asked to end, nor an exception, which would be taken for the first one."""
+    own = directory / "processes" / str(os.getpid())
+    fates.ask_to_end(os.getpid())
+    own.with_suffix(".raised").write_text("{}")
+    monkeypatch.setattr("multiprocessing.current_process", lambda: SimpleNamespace(name="VllmWorker-0"))
+    for change in ("signal.signal", "faulthandler.enable", "faulthandler.register", "logging.setLogRecordFactory"):
+        monkeypatch.setattr(f"genmodel.runners.fates.{change}", lambda *_, **__: None)
+    found = []
+    with contextlib.suppress(ValueError), fates.told():
+        found = sorted(path.suffix for path in own.parent.glob(f"{os.getpid()}.*"))
+        raise ValueError("of its own")
+    fates._kept.pop().close()  # type: ignore[attr-defined]
+    assert found == [".name", ".stacks"]
+    assert "of its own" in own.with_suffix(".raised").read_text()
 
 
 @pytest.mark.parametrize("ended_before", [False, True])

@@ -13,8 +13,11 @@ from vllm.model_executor.models.apertus import ApertusForCausalLM
 from vllm.model_executor.models.bloom import BloomForCausalLM
 from vllm.model_executor.models.cohere2_moe import Cohere2MoeForCausalLM
 from vllm.model_executor.models.commandr import CohereForCausalLM
+from vllm.model_executor.models.deepseek_v2 import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 from vllm.model_executor.models.ernie45_moe import Ernie4_5_MoeForCausalLM
 from vllm.model_executor.models.glm4_moe_lite import Glm4MoeLiteForCausalLM
+from vllm.model_executor.models.lfm2 import Lfm2ForCausalLM
+from vllm.model_executor.models.lfm2_moe import Lfm2MoeForCausalLM
 from vllm.model_executor.models.llama4 import Llama4ForCausalLM
 from vllm.model_executor.models.minicpm3 import MiniCPM3ForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
@@ -93,8 +96,35 @@ class _SmallerEpsilon(nn.Module):
                 module.variance_epsilon = 1e-6
 
 
-class Glm4MoeLite(_SmallerEpsilon, Glm4MoeLiteForCausalLM):
-    """GLM 4.7 Flash, so."""
+class _RotaryInPyTorch(nn.Module):
+    """With vLLM's own PyTorch code for rotary embeddings, as a compiled engine has it, and not the kernel for CPU."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for module in self.modules():
+            if "RotaryEmbedding" in type(module).__name__:
+                rotary: Any = module
+                rotary.forward = rotary.forward_native
+
+
+class DeepseekV2(_RotaryInPyTorch, DeepseekV2ForCausalLM):
+    """DeepSeek V2, so."""
+
+
+class DeepseekV3(_RotaryInPyTorch, DeepseekV3ForCausalLM):
+    """DeepSeek V3, so."""
+
+
+class Lfm2(_RotaryInPyTorch, Lfm2ForCausalLM):
+    """LFM2, so."""
+
+
+class Lfm2Moe(_RotaryInPyTorch, Lfm2MoeForCausalLM):
+    """The same, of experts."""
+
+
+class Glm4MoeLite(_SmallerEpsilon, _RotaryInPyTorch, Glm4MoeLiteForCausalLM):
+    """GLM 4.7 Flash, with both."""
 
 
 class MiniCPM3(_SmallerEpsilon, MiniCPM3ForCausalLM):

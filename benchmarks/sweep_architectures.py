@@ -32,6 +32,7 @@ from genmodel.runners.session import Session, TargetOptions, UnusableTarget
 
 AGREES, DISAGREES, CANNOT = "agrees", "disagrees", "cannot run here"
 SCENARIOS = {"reference", "plain"}
+ROTARY = "vLLM's rotary kernel for CPU computes something else here than vLLM's own PyTorch code"
 CORRECTIONS = {
     "ApertusForCausalLM": ("Apertus", "vLLM keeps the parameters of xIELU in bfloat16, in a float32 engine too"),
     "BloomForCausalLM": (
@@ -43,11 +44,15 @@ CORRECTIONS = {
         "Cohere2Moe",
         "vLLM's sliding layers see sliding_window + 1 positions, transformers' one less",
     ),
+    "DeepseekV2ForCausalLM": ("DeepseekV2", ROTARY),
+    "DeepseekV3ForCausalLM": ("DeepseekV3", ROTARY),
     "Ernie4_5_MoeForCausalLM": ("Ernie45Moe", "vLLM's router for CPU leaves out the correction bias of the scores"),
     "Glm4MoeLiteForCausalLM": (
         "Glm4MoeLite",
-        "vLLM's norms inside attention have the config's epsilon, transformers' always 1e-6",
+        f"{ROTARY}, and its norms inside attention have the config's epsilon, transformers' always 1e-6",
     ),
+    "Lfm2ForCausalLM": ("Lfm2", ROTARY),
+    "Lfm2MoeForCausalLM": ("Lfm2Moe", ROTARY),
     "Llama4ForCausalLM": (
         "Llama4",
         "vLLM tunes the temperature of attention only for lengths above 32768, whatever the config says",

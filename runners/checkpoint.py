@@ -107,8 +107,7 @@ def adversarial_weights(model: nn.Module, shapes: Mapping[str, tuple[int, ...]],
 def _residual_scale(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], owners: Mapping[str, nn.Module]) -> float:
     """What to scale by all that writes into the residual stream, so that every norm shows its epsilon.
 
-    Norms undo the scale and nothing else changes: a small epsilon is to a small residual stream what a large one is to
-    a usual one.
+    Norms undo the scale: a small epsilon is to a small residual stream what a large one is to a usual one.
     """
     found = [getattr(module, name, None) for module in model.modules() for name in EPSILONS]
     epsilons = [float(value) for value in found if isinstance(value, float) and 0 < value < VISIBLE_EPSILON]

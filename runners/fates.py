@@ -237,8 +237,10 @@ class _Name(NamedTuple):
 def _names(directory: Path) -> dict[int, _Name]:
     found = {}
     for path in _directory(directory).glob("*.name"):
-        begun, _, name = path.read_text().partition(" ")
-        found[int(path.stem)] = _Name(float(begun), name)
+        with contextlib.suppress(OSError, ValueError):  # the host forgets them meanwhile, or a model has written there
+            begun, _, name = path.read_text().partition(" ")
+            if _NAMED.match(name):
+                found[int(path.stem)] = _Name(float(begun), name)
     return found
 
 

@@ -238,7 +238,7 @@ def _scale(values: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _directional(
-    training_loss: Callable[[], torch.Tensor],
+    run: Callable[[], torch.Tensor],
     parameter: nn.Parameter,
     gradient: torch.Tensor | None,
     loss: float,
@@ -252,7 +252,7 @@ def _directional(
 
     def at(step: float) -> float:
         values.copy_(original + step * along)
-        return float(training_loss())
+        return float(run())
 
     numeric, noise = derivatives.by_differences(at, loss)
     values.copy_(original)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from evidence_samples import clean
 from genmodel.conformance import api
 from genmodel.conformance.catalogue import GROUPS, Check, UnknownCheck, all_checks, check, get, judge, select
 from genmodel.conformance.verdict import Level, Measurement, NotApplicable, Status, Verdict
-from genmodel.runners.evidence import Evidence
+from genmodel.runners.evidence import Evidence, Failure
 from genmodel.runners.scenarios import SCENARIOS
 
 REPORT = re.compile(r"([\w-]+)?#\d+")
@@ -240,3 +241,11 @@ def test_check_model_by_name_runs_everything(monkeypatch: pytest.MonkeyPatch) ->
         "w",
     )
     assert scenarios == set(SCENARIOS)
+
+
+@pytest.mark.parametrize("message", ["the engine's core died while starting the engine", "the engine's core died"])
+def test_what_a_process_was_doing_is_said_once(message: str) -> None:
+    """Whoever noticed a death has often said it."""
+    failure = Failure(kind="died", scenario="deployed", message=message, rank=0, phase="starting the engine")
+    verdict = judge(get("deployment.multiprocess"), replace(clean(), traces={("deployed", 1): failure}))
+    assert verdict.reason.count("while starting the engine") == 1

@@ -74,6 +74,8 @@ def test_a_process_finds_nothing_of_another_of_the_same_id(directory: Path, monk
     own = directory / "processes" / str(os.getpid())
     fates.ask_to_end(os.getpid())
     own.with_suffix(".raised").write_text("{}")
+    kept: list[Any] = []
+    monkeypatch.setattr(fates, "_kept", kept)
     monkeypatch.setattr("multiprocessing.current_process", lambda: SimpleNamespace(name="VllmWorker-0"))
     for change in ("signal.signal", "faulthandler.enable", "faulthandler.register", "logging.setLogRecordFactory"):
         monkeypatch.setattr(f"genmodel.runners.fates.{change}", lambda *_, **__: None)
@@ -81,9 +83,19 @@ def test_a_process_finds_nothing_of_another_of_the_same_id(directory: Path, monk
     with contextlib.suppress(ValueError), fates.told():
         found = sorted(path.suffix for path in own.parent.glob(f"{os.getpid()}.*"))
         raise ValueError("of its own")
-    fates._kept.pop().close()  # type: ignore[attr-defined]
+    kept.pop().close()
     assert found == [".name", ".stacks"]
     assert "of its own" in own.with_suffix(".raised").read_text()
+
+
+def test_what_a_model_writes_there_is_no_process(directory: Path) -> None:
+    """Rubbish, and a folder, which cannot be read."""
+    (directory / "processes" / "12.name").write_text("x EngineCore")
+    (directory / "processes" / "x.name").write_text("1.0 EngineCore")
+    (directory / "processes" / "13.name").write_bytes(b"\xff")
+    (directory / "processes" / "14.name").write_text("1.0 me")
+    (directory / "processes" / "15.name").mkdir()
+    assert sorted(fates.stacks(directory)) == [("the engine's core", 0, ""), ("worker 1", 1, "")]
 
 
 @pytest.mark.parametrize("ended_before", [False, True])

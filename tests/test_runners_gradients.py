@@ -257,16 +257,16 @@ def with_a_folded_norm(model: Any) -> None:
     folded: dict[Any, Tensor] = {}
     for layer in model.layers:
 
-        def forward(x: Tensor, *tables: Tensor, layer: Any = layer) -> Tensor:
+        def forward(x: Tensor, *tables: Tensor, layer: Any = layer) -> Any:
             x = x + layer.attn(layer.attn_norm(x), *tables)
             if torch.is_grad_enabled():
                 folded.pop(layer, None)
-                return x + layer.mlp(layer.mlp_norm(x))  # type: ignore[no-any-return]
+                return x + layer.mlp(layer.mlp_norm(x))
             if layer not in folded or folded[layer].dtype != x.dtype:
                 folded[layer] = layer.mlp.gate_up.weight * layer.mlp_norm.weight
             alike = dense.rms_norm(x, torch.ones_like(layer.mlp_norm.weight), layer.mlp_norm.eps)
             gate, up = F.linear(alike, folded[layer]).chunk(2, -1)
-            return x + layer.mlp.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+            return x + layer.mlp.down(F.silu(gate) * up)
 
         layer.forward = forward
 

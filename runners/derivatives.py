@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Lengths of the steps along a direction of length one."""
+STEPS = (1e-6, 1e-7, 1e-8, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Lengths of the steps along a direction of length one. If the first finds a kink nearby, the next ones keep clear of
+it: wide steps across one kink agree with each other, and are wrong together."""
 
 
 def direction(shape: torch.Size, guides: Iterable[torch.Tensor | None], generator: torch.Generator) -> torch.Tensor:

@@ -387,6 +387,13 @@ def test_a_direction_has_length_one_whatever_is_drawn(shape: tuple[int, ...]) ->
         assert float((found * guides[0]).sum()) > 0.5 * float(guides[0].norm())
 
 
+@pytest.mark.parametrize("kink", [1.5e-7, 1.5e-6, 1.5e-3])
+def test_a_kink_nearby_does_not_bend_a_derivative(kink: float) -> None:
+    """Of a loss of usual size."""
+    numeric, noise = derivatives.by_differences(lambda step: 6.0 + 13.5 * step + 2.0 * max(0.0, step - kink), 6.0)
+    assert abs(numeric - 13.5) <= noise < 1e-4
+
+
 def test_rounding_is_to_a_neighbour_in_bfloat16_and_right_on_average() -> None:
     """As likely up as the value is near the upper one; what bfloat16 has stays."""
     generator = torch.Generator().manual_seed(0)

@@ -169,7 +169,7 @@ class Launcher:
 
 def main() -> None:
     """Serve the pool until it is gone, then clean up."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signal.signal(signal.SIGTERM, _leave)
     die_with_parent(signal.SIGTERM)
     adopt_orphans()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -177,14 +177,24 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     multiprocessing.set_forkserver_preload(["genmodel.runners.preloaded"])
     try:
-        forkserver.ensure_running()
-        _serve(connection)
-    except (EOFError, ConnectionError, SystemExit):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with contextlib.suppress(EOFError, ConnectionError, SystemExit):
+            try:
+                forkserver.ensure_running()
+                _serve(connection)
+            finally:
+                # When the pool dies, the kernel closes the connection and then sends the signal: it may come only here.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    finally:
         _end_all()
         for directory in sys.argv[2:]:
             remove(Path(directory))
     os._exit(0)  # multiprocessing would wait for hosts
+
+
+def _leave(*_: object) -> None:
+    """Only once: what follows is cleaning up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit()
 
 
 def _serve(connection: Connection) -> None:

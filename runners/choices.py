@@ -22,14 +22,20 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from genmodel.runners import noise
+
 NOISE_FACTOR = 4.0
 """Noise floors that a value may be off."""
 ULP_FACTOR = 4.0
 """Units in the last place, at the largest value, that it may be off on top."""
 MEDIAN_OF_NORMAL = 0.6745
 """The median of |x| for a standard normal x, which makes a deviation of a median."""
-HALVES = 4
-"""Ways to split the near ties in two halves, of which each is turned without the other."""
+HALVES = 8
+"""Ways to split the near ties in two halves, of which each is turned without the other.
+
+A choice that is turned may turn one after it, which has to be seen without that one being turned back: each way to
+split shows any two apart, one turned and the other not, with a chance of one half.
+"""
 
 aten = torch.ops.aten
 
@@ -124,12 +130,71 @@ def _question(func: Any, args: Any, kwargs: Any) -> _Question | None:
     return _Question(scores, scores if largest else -scores, dim, k)
 
 
-def near_ties(tested: Sequence[Sequence[Choice]], higher: Sequence[Sequence[Choice]]) -> list[dict[int, torch.Tensor]]:
+class SameChoices(TorchDispatchMode):
+    """Entered around passes: what the first one chose by comparing numbers, such as experts, the others choose too.
+
+    Rounding may turn a choice, and gradients jump with it: that is neither an error nor noise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: list[torch.Tensor] = []
+        self._call: int | None = None
+
+    @property
+    def made(self) -> bool:
+        """Whether the first pass chose anything."""
+        return bool(self._made)
+
+    def again(self) -> None:
+        """The next pass begins."""
+        self._call = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        answer = func(*args, **kwargs)
+        if func not in _CHOOSING or not args[0].is_floating_point() or args[0].dim() == 0:
+            return answer
+        dim = args[_CHOOSING[func]] if len(args) > _CHOOSING[func] else kwargs.get("dim", -1)
+        index = answer[1] if isinstance(answer, tuple) else answer
+        if self._call is None:
+            self._made.append(index.clone())
+            return answer
+        call, self._call = self._call, self._call + 1
+        if dim is None or call >= len(self._made) or self._made[call].shape != index.shape:
+            return answer
+        chosen = self._made[call]
+        if not isinstance(answer, tuple):
+            return chosen.clone()
+        kept = answer[0].dim() == args[0].dim()
+        inner = chosen if kept else chosen.unsqueeze(dim)
+        values = args[0].gather(dim, inner)
+        return (values if kept else values.squeeze(dim)), chosen.clone()
+
+
+_CHOOSING = {
+    aten.topk.default: 2,
+    aten.sort.default: 1,
+    aten.sort.stable: 3,
+    aten.max.dim: 1,
+    aten.min.dim: 1,
+    aten.argmax.default: 1,
+    aten.argmin.default: 1,
+}
+"""Where each has its `dim`."""
+
+
+def near_ties(
+    tested: Sequence[Sequence[Choice]],
+    higher: Sequence[Sequence[Choice]],
+    moved: Sequence[Sequence[Sequence[Choice]]] = (),
+) -> list[dict[int, torch.Tensor]]:
     """Up to which margin rounding can turn a choice, [R] by number of the call, for every sequence with a near tie.
 
     Args:
         tested: the choices of each sequence's run in the tested dtype.
         higher: the same in the higher precision.
+        moved: the same with weights moved, once for each draw of `noise.sizes`.
 
     Returns:
         One per sequence; empty for a sequence whose margins are all larger. Where the two runs did not make the same
@@ -138,19 +203,27 @@ def near_ties(tested: Sequence[Sequence[Choice]], higher: Sequence[Sequence[Choi
     limits: list[dict[int, torch.Tensor]] = [{} for _ in higher]
     near = [False for _ in higher]
     for call in range(max((len(made) for made in higher), default=0)):
-        pairs = {
-            index: (ours[call], theirs[call])
-            for index, (ours, theirs) in enumerate(zip(tested, higher, strict=True))
-            if len(ours) == len(theirs) > call and ours[call].scores.shape == theirs[call].scores.shape
+        alike = {
+            index: made[call]
+            for index, made in enumerate(higher)
+            if all(_same_call(run[index], made, call) for run in (tested, *moved))
         }
-        errors = {index: _margin_errors(*pair) for index, pair in pairs.items()}
-        typical = torch.cat([*errors.values(), torch.zeros(0)]).median() / MEDIAN_OF_NORMAL
-        for index, (ours, theirs) in pairs.items():
-            eps = torch.finfo(ours.scores.dtype).eps
+        errors, *draws = [
+            [_margin_errors(run[index][call], theirs) for index, theirs in alike.items()] for run in (tested, *moved)
+        ]
+        found = noise.sizes(errors, draws)
+        typical = torch.cat([*found, torch.zeros(0)]).median() / MEDIAN_OF_NORMAL
+        for (index, theirs), error in zip(alike.items(), found, strict=True):
+            eps = torch.finfo(tested[index][call].scores.dtype).eps
             rounding = 2 * ULP_FACTOR * eps * _finite(theirs.scores.double()).abs().amax(-1)
-            limits[index][call] = NOISE_FACTOR * errors[index].clamp(min=float(typical)) + rounding
+            limits[index][call] = NOISE_FACTOR * error.clamp(min=float(typical)) + rounding
             near[index] |= bool((theirs.margins() <= limits[index][call]).any())
     return [found if close else {} for found, close in zip(limits, near, strict=True)]
+
+
+def _same_call(ours: Sequence[Choice], theirs: Sequence[Choice], call: int) -> bool:
+    """Whether two runs over a sequence have a call in common."""
+    return len(ours) == len(theirs) > call and ours[call].scores.shape == theirs[call].scores.shape
 
 
 def _margin_errors(tested: Choice, higher: Choice) -> torch.Tensor:

@@ -21,7 +21,6 @@ from genmodel.modeling.registration import register_model, resolve
 from genmodel.modeling.wrapper import InterfaceError, is_vllm_style, placeholder
 from genmodel.runners import (
     checkpoint,
-    choices,
     coding,
     engine,
     fates,
@@ -33,6 +32,7 @@ from genmodel.runners import (
     parallel_gradients,
     precision,
     standalone,
+    teacher_forcing,
     weights_audit,
 )
 from genmodel.runners.evidence import (
@@ -459,22 +459,23 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], we
     state.register(spec)
     rounded = _reference_weights(spec, weights, DTYPES[dtype])
     higher = _higher(dtype)
-    runs: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
-    made: dict[str, list[list[choices.Choice]]] = {}
-    turns: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-    native = False
+
+    @contextlib.contextmanager
+    def built_in(computed: str) -> Iterator[standalone.Standalone]:
+        config = _vllm.model_config(spec.directory, "float32")
+        with standalone.build(target, config, DTYPES[computed]) as built, torch.no_grad():
+            standalone.load(built, rounded)
+            yield built
+
     with state.phase("running the reference"):
-        for computed in (dtype, higher):
-            config = _vllm.model_config(spec.directory, "float32")
-            with standalone.build(target, config, DTYPES[computed]) as built, torch.no_grad():
-                standalone.load(built, rounded)
-                native = built.native
-                runs[computed], made[computed] = _run(built, sequences)
-                if computed == higher:
-                    ties = choices.near_ties(made[dtype], made[higher])
-                    turns = _turns(built, runs[higher], ties)
-    errors = {s: (runs[dtype][s].double() - runs[higher][s].double()).abs() for s in sequences}
-    own = "its vLLM layers evaluated by plain PyTorch" if native else "run as plain PyTorch outside vLLM"
+        with built_in(dtype) as built:
+            tested = teacher_forcing.run(built, sequences)
+        with built_in(higher) as built:
+            exact = teacher_forcing.run(built, sequences)
+            moved = teacher_forcing.with_moved_weights(built, exact, DTYPES[dtype])
+            noise = teacher_forcing.noise_floors(tested, exact, moved)
+            turns = teacher_forcing.turns(built, tested, exact, moved)
+    own = "its vLLM layers evaluated by plain PyTorch" if built.native else "run as plain PyTorch outside vLLM"
     return ReferenceRun(
         description=_describe_reference(spec)
         if spec.reference is not None
@@ -482,11 +483,11 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], we
         independent=independent,
         dtype=dtype,
         higher_dtype=higher,
-        logits={s: runs[higher][s].float() for s in sequences},
-        noise_max={s: error.amax(-1).float() for s, error in errors.items()},
-        noise_mean={s: error.mean(-1).float() for s, error in errors.items()},
-        turn_max={s: largest.float() for s, (largest, _) in turns.items()},
-        turn_mean={s: mean.float() for s, (_, mean) in turns.items()},
+        logits={s: logits.float() for s, logits in exact.logits.items()},
+        noise_max={s: both[0].float() for s, both in noise.items()},
+        noise_mean={s: both[1].float() for s, both in noise.items()},
+        turn_max={s: both[0].float() for s, both in turns.items()},
+        turn_mean={s: both[1].float() for s, both in turns.items()},
     )
 
 
@@ -494,31 +495,6 @@ def _describe_reference(spec: Spec) -> str:
     """How reports call an independent reference."""
     about = f" ({hugging_face.about()})" if hugging_face.names_class(spec.reference) else ""
     return f"independent: {spec.reference}{about}"
-
-
-def _run(
-    built: standalone.Standalone, sequences: Sequence[tuple[int, ...]]
-) -> tuple[dict[tuple[int, ...], torch.Tensor], list[list[choices.Choice]]]:
-    """Logits [T, V] of every sequence, and the choices made on the way."""
-    logits, made = {}, []
-    for sequence in sequences:
-        with choices.Choices() as seen:
-            logits[sequence] = built.logits(torch.tensor(sequence))
-        made.append(seen.made)
-    return logits, made
-
-
-def _turns(
-    built: standalone.Standalone,
-    logits: Mapping[tuple[int, ...], torch.Tensor],
-    ties: Sequence[Mapping[int, torch.Tensor]],
-) -> dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]]:
-    """How far each position moves with the near ties of its sequence; only sequences that have any."""
-    return {
-        sequence: choices.turns(lambda s=sequence: built.logits(torch.tensor(s)), base, found)  # type: ignore[misc]
-        for (sequence, base), found in zip(logits.items(), ties, strict=True)
-        if found
-    }
 
 
 _RECORDABLE: dict[str, str | None] = {"VLLM_USE_V2_MODEL_RUNNER": "0"}

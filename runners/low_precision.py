@@ -11,17 +11,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from genmodel.runners import coding, training_modes
+from genmodel.runners.choices import SameChoices
 from genmodel.runners.evidence import LowPrecision, RoundedGradient
 
 T = TypeVar("T")
 
 DRAWS = 3
 """Runs with random rounding, whose root mean square is the noise."""
-
-aten = torch.ops.aten
 
 
 class Rounded(TorchFunctionMode):
@@ -87,60 +85,6 @@ def stochastically(
     bits = value.to(torch.float32).view(torch.int32)  # bfloat16 is the upper half of float32
     chance = torch.randint(1 << 16, value.shape, generator=generator, dtype=torch.int32)
     return ((bits + chance) & -(1 << 16)).view(torch.float32).to(value.dtype)
-
-
-class SameChoices(TorchDispatchMode):
-    """Entered around passes: what the first one chose by comparing numbers, such as experts, the others choose too.
-
-    Rounding may turn a choice, and gradients jump with it: that is neither an error nor noise.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._made: list[torch.Tensor] = []
-        self._call: int | None = None
-
-    @property
-    def made(self) -> bool:
-        """Whether the first pass chose anything."""
-        return bool(self._made)
-
-    def again(self) -> None:
-        """The next pass begins."""
-        self._call = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        answer = func(*args, **kwargs)
-        if func not in _CHOOSING or not args[0].is_floating_point() or args[0].dim() == 0:
-            return answer
-        dim = args[_CHOOSING[func]] if len(args) > _CHOOSING[func] else kwargs.get("dim", -1)
-        index = answer[1] if isinstance(answer, tuple) else answer
-        if self._call is None:
-            self._made.append(index.clone())
-            return answer
-        call, self._call = self._call, self._call + 1
-        if dim is None or call >= len(self._made) or self._made[call].shape != index.shape:
-            return answer
-        chosen = self._made[call]
-        if not isinstance(answer, tuple):
-            return chosen.clone()
-        kept = answer[0].dim() == args[0].dim()
-        inner = chosen if kept else chosen.unsqueeze(dim)
-        values = args[0].gather(dim, inner)
-        return (values if kept else values.squeeze(dim)), chosen.clone()
-
-
-_CHOOSING = {
-    aten.topk.default: 2,
-    aten.sort.default: 1,
-    aten.sort.stable: 3,
-    aten.max.dim: 1,
-    aten.min.dim: 1,
-    aten.argmax.default: 1,
-    aten.argmin.default: 1,
-}
-"""Where each has its `dim`."""
 
 
 def measure(

@@ -21,6 +21,7 @@ from torch import nn
 from genmodel.modeling.attention import TrainableAttention, packed_sequences
 from genmodel.modeling.wrapper import accepts, embedding_method
 from genmodel.runners import coding, low_precision, training_modes
+from genmodel.runners.choices import SameChoices
 from genmodel.runners.evidence import FEW, Given, Layout, Way, Ways, WorstGradient
 
 BOUNDARIES = "cu_seqlens"
@@ -254,7 +255,7 @@ def _in_float32(
     sizes = [size for parameter in runner.trainable.values() for size in coding.local(parameter).shape]
     additions = math.sqrt(max(*sizes, *map(len, sequences)))
     plain = _plain(recording=True)
-    with low_precision.SameChoices() as choices:
+    with SameChoices() as choices:
         exact = runner.run(plain, sequences)
         draws = []
         for draw in range(low_precision.DRAWS):

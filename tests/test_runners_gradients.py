@@ -23,6 +23,7 @@ from genmodel.conformance.verdict import Status
 from genmodel.modeling.parallel_context import ParallelContext
 from genmodel.reference_models import dense, dtensor
 from genmodel.runners import checkpoint, derivatives, gradients, low_precision, standalone
+from genmodel.runners.choices import SameChoices
 from genmodel.runners.coding import local
 
 
@@ -418,7 +419,7 @@ def test_choices_are_made_again_as_the_first_time() -> None:
 
     scores = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     other = (-scores).requires_grad_()
-    with low_precision.SameChoices() as choices:
+    with SameChoices() as choices:
         once = choose(scores)
         choices.again()
         twice = choose(other)

@@ -17,6 +17,7 @@ import platform
 import sys
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -826,10 +827,24 @@ def reload_weights(llm: Any, directory: str) -> None:
     model = worker.get_model()
     if any(hasattr(module, "quant_method") for module in model.modules()):
         worker.reload_weights(weights_path=directory)
+        _pack_tied_weights(model)
     else:
         files = sorted(str(path) for path in Path(directory).glob("*.safetensors"))
         model.load_weights(safetensors_weights_iterator(files, False))
     llm.reset_prefix_cache()
+
+
+def _pack_tied_weights(model: nn.Module) -> None:
+    """Make the packed copies of tied heads anew, which vLLM's reload leaves as they were.
+
+    On CPU, vLLM's layers multiply by packed copies of their weights. A reload packs again the layers that a checkpoint
+    has tensors for: the embedding, and not the head that is tied to it. On GPUs nothing is packed.
+    """
+    layers = [module for module in model.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)]
+    owners = Counter(id(layer.weight) for layer in layers)
+    for layer in layers:
+        if owners[id(layer.weight)] > 1 and hasattr(layer, "cpu_linear"):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,12 @@ from genmodel.conformance.verdict import Status
 from genmodel.runners.scenarios import ENGINE_SCENARIOS
 from genmodel.runners.session import Session, TargetOptions
 
-OPTIONS = {"two windows": TargetOptions(spec="correct_models.two_windows:factory")}
-"""Two windows: vLLM puts such layers into several groups of cache blocks, which all have to run out."""
+OPTIONS = {
+    "two windows": TargetOptions(spec="correct_models.two_windows:factory"),
+    "tied head": TargetOptions(spec="correct_models.tied_head:VllmDense", config="correct_models.tied_head:CONFIG"),
+}
+"""Two windows: vLLM puts such layers into several groups of cache blocks, which all have to run out. Tied head: vLLM's
+own reload leaves the head's packed copy as it was, and the suite packs it anew."""
 SCENARIOS = {"inspection", "reference", *ENGINE_SCENARIOS}
 
 

@@ -840,7 +840,7 @@ def _pack_tied_weights(model: nn.Module) -> None:
     On CPU, vLLM's layers multiply by packed copies of their weights. A reload packs again the layers that a checkpoint
     has tensors for: the embedding, and not the head that is tied to it. On GPUs nothing is packed.
     """
-    layers = [module for module in model.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)]
+    layers: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
     owners = Counter(id(layer.weight) for layer in layers)
     for layer in layers:
         if owners[id(layer.weight)] > 1 and hasattr(layer, "cpu_linear"):

@@ -54,7 +54,7 @@ def trace(
     """
     with _watched(llm, in_process) as seen:
         found = _trace(llm, through, plan, rank, weights, in_process=in_process)
-    return found if seen is None else replace(found, modules=seen.dtypes)
+    return found if seen is None else replace(found, modules=seen.dtypes, inside=seen.inside)
 
 
 def ask_workers(llm: Any, function: Callable[..., Any], *arguments: Any) -> list[Any]:

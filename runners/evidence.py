@@ -155,6 +155,8 @@ class Trace:
     proof: Proof
     modules: dict[str, str] = field(default_factory=dict)
     """As `Precision.modules`, in the engine; only of in-process engines in half precision."""
+    inside: dict[str, str] = field(default_factory=dict)
+    """As `Precision.inside`, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,6 +301,9 @@ class Precision:
     """What it was built for, and what its modules' dtypes are to be compared in."""
     modules: dict[str, str]
     """The widest dtype that the values a module gave take to hold, in order of execution; "" is the model itself."""
+    inside: dict[str, str] = field(default_factory=dict)
+    """The same of what a module computes on the way from the embedded tokens, submodules apart; only of modules that
+    call functions of torch whose results show in what they compute."""
     largest: dict[str, float]
     """By module: the largest finite |value| that it was given or gave on the workload's prompts, in float32."""
     declared: str | None

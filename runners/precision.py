@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from genmodel.modeling import _vllm
 from genmodel.modeling.wrapper import CallableModelWrapper
@@ -20,6 +23,19 @@ from genmodel.runners.modules import COMPUTE_LOGITS, tensors_in
 TESTED = torch.bfloat16
 CALLS = 4
 """Calls of a module that are looked at: prefill and some decoding."""
+OPAQUE = {
+    F.softmax,
+    F.log_softmax,
+    torch.softmax,
+    torch.log_softmax,
+    torch.Tensor.softmax,
+    torch.Tensor.log_softmax,
+    F.rms_norm,
+    F.layer_norm,
+    F.group_norm,
+    F.scaled_dot_product_attention,
+}
+"""Functions that compute in float32 inside, whatever they are given and give."""
 
 
 class Seen:
@@ -28,22 +44,54 @@ class Seen:
     def __init__(self) -> None:
         self.dtypes: dict[str, str] = {}
         """The widest dtype of what a module gave, such as "bfloat16"."""
+        self.inside: dict[str, str] = {}
+        """The widest dtype of what it computes on the way, submodules apart; only if that can be seen."""
         self.largest: dict[str, float] = {}
         """The largest finite |value| that it was given or gave."""
         self._calls: Counter[str] = Counter()
+        self._running: list[str] = []
+        self._embedded: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        """What depends on the embedded tokens. Tables of positions do not, nor do weights that are made of weights."""
+        self.opaque: set[str] = set()
+        """Modules that nobody can look into."""
 
     def begin(self, name: str, arguments: Any) -> None:
         """A module is called."""
+        if name in ("", COMPUTE_LOGITS):
+            self._running.clear()
+            self._mark(arguments)
+        self._running.append(name)
         self._calls[name] += 1
         self._measure(name, arguments)
 
-    def end(self, name: str, output: Any) -> None:
+    def end(self, name: str, arguments: Any, output: Any) -> None:
         """A module gave something."""
+        self._running.pop()
         found = self._measure(name, output)
+        if any(tensor in self._embedded for tensor in _tensors(arguments)):
+            self._mark(output)
         if self._calls[name] <= CALLS:
-            held = [*map(significant, found), *([getattr(torch, self.dtypes[name])] if name in self.dtypes else [])]
-            if held:
-                self.dtypes[name] = str(max(held, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
+            _widen(self.dtypes, name, found)
+
+    def computed(self, function: Any, arguments: Any, output: Any) -> None:
+        """A function of torch was called."""
+        if not self._running:
+            return
+        name = self._running[-1]
+        given = [*_tensors(arguments)]
+        looked_up = any(isinstance(x, nn.Parameter) for x in given) and any(x.dtype in (torch.int32, torch.int64) for x in given)
+        if not looked_up and not any(tensor in self._embedded for tensor in given):
+            return
+        self._mark(output)
+        if function in OPAQUE or getattr(function, "namespace", _namespace(function)) not in ("", "aten"):
+            self.opaque.add(name)
+        elif self._calls[name] <= CALLS:
+            _widen(self.inside, name, [tensor for tensor in _tensors(output) if tensor.is_floating_point()])
+
+    def _mark(self, values: Any) -> None:
+        for tensor in _tensors(values):
+            if tensor.is_floating_point():
+                self._embedded[tensor] = True
 
     def _measure(self, name: str, values: Any) -> list[torch.Tensor]:
         if self._calls[name] > CALLS:
@@ -57,6 +105,36 @@ class Seen:
         return found
 
 
+class _Functions(TorchFunctionMode):
+    """Entered around a model's forward: sees each function of torch that the model calls, and none that those call."""
+
+    def __init__(self, seen: Seen) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self._seen.computed(func, [*args, *(kwargs or {}).values()], output)
+        return output
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    return (tensor for _, tensor in tensors_in([(None, values)]))
+
+
+def _namespace(function: Any) -> str:
+    """Of an operator that is called by `torch.ops`; empty for all other functions."""
+    qualified = getattr(function, "_qualified_op_name", "")
+    return str(qualified).partition("::")[0] if qualified else ""
+
+
+def _widen(dtypes: dict[str, str], name: str, found: Sequence[torch.Tensor]) -> None:
+    """Let the dtype under a name be as wide as the widest that the values take."""
+    held = [*map(significant, found), *([getattr(torch, dtypes[name])] if name in dtypes else [])]
+    if held:
+        dtypes[name] = str(max(held, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
+
+
 @contextlib.contextmanager
 def watched(model: Any) -> Iterator[Seen]:
     """See what the modules of a model do, and its `compute_logits`.
@@ -66,36 +144,60 @@ def watched(model: Any) -> Iterator[Seen]:
     """
     inner: nn.Module = model.model if isinstance(model, CallableModelWrapper) else model
     seen = Seen()
+    functions = _Functions(seen)
     handles = []
     for name, module in inner.named_modules():
+        if _is_opaque(module):
+            seen.opaque.add(name)
 
         def before(_: nn.Module, arguments: Any, keywords: Any, name: str = name) -> None:
             seen.begin(name, [*arguments, *keywords.values()])
 
-        def after(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-            seen.end(name, output)
+        def after(_: nn.Module, arguments: Any, keywords: Any, output: Any, name: str = name) -> None:
+            seen.end(name, [*arguments, *keywords.values()], output)
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
-    compute = model.compute_logits
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    forward, compute = inner.forward, model.compute_logits
+
+    def watched_forward(*arguments: Any, **keywords: Any) -> Any:
+        with functions:
+            return forward(*arguments, **keywords)
 
     def watched_logits(hidden: torch.Tensor, *arguments: Any) -> Any:
         seen.begin(COMPUTE_LOGITS, [hidden])
-        logits = compute(hidden, *arguments)
-        seen.end(COMPUTE_LOGITS, logits)
+        with functions:
+            logits = compute(hidden, *arguments)
+        seen.end(COMPUTE_LOGITS, [hidden], logits)
         return logits
 
-    own = vars(model).get("compute_logits")
-    model.compute_logits = watched_logits
+    with _replaced(inner, "forward", watched_forward), _replaced(model, "compute_logits", watched_logits):
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+    for name in seen.opaque:
+        seen.inside.pop(name, None)
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
+    """A method of an object is another one for a while."""
+    own = vars(owner).get(name)
+    setattr(owner, name, method)
     try:
-        yield seen
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
         if own is None:
-            del model.compute_logits
+            delattr(owner, name)
         else:
-            model.compute_logits = own
+            setattr(owner, name, own)
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    """Whether a module is one of vLLM's, which compute outside the functions of torch."""
+    return any(base.__module__.startswith("vllm.") for base in type(module).__mro__)
 
 
 def significant(tensor: torch.Tensor) -> torch.dtype:
@@ -134,6 +236,7 @@ def measure(target: Any, directory: str, prompts: Sequence[tuple[int, ...]], dec
     return Precision(
         dtype=str(TESTED).removeprefix("torch."),
         modules=rounded.dtypes,
+        inside=rounded.inside,
         largest=largest,
         declared=declared,
     )

@@ -44,6 +44,26 @@ def dropout_in_training(model: Any) -> None:
     model.norm.forward = lambda x: model.dropout(forward(x))
 
 
+def fast_norm_in_the_engine(model: Any) -> None:
+    """PyTorch's own norm, which computes in float32 inside, where training spells it out."""
+    norm, eps = model.norm, model.norm.eps
+    fast = lambda x: torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, eps)  # noqa: E731
+    norm.forward = norm.forward if model.training_side else fast
+
+
+def table_made_at_first_use(model: Any) -> None:
+    """Of gains by position, in float32: an engine has used it before anybody looks."""
+    norm, kept = model.norm, {}
+    forward = norm.forward
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        if not kept:
+            kept["gain"] = 1 + 1e-3 * torch.sin(torch.arange(3.0))
+        return forward(x) * kept["gain"][0].to(x.dtype)
+
+    norm.forward = scaled
+
+
 def variant(module: Any, change: Change) -> Callable[..., nn.Module]:
     def factory(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
         from genmodel.modeling._vllm import engine_config
@@ -65,6 +85,8 @@ RIGHT = {
     "norms": variant(dense, norm_weights_in_float32),
     "loss": variant(dense, loss_in_float32),
     "dropout": variant(dense, dropout_in_training),
+    "fast norm": variant(dense, fast_norm_in_the_engine),
+    "table": variant(dense, table_made_at_first_use),
 }
 OPTIONS = {name: TargetOptions(spec=f"right:{name}", target=factory) for name, factory in RIGHT.items()}
 

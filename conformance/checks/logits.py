@@ -270,6 +270,7 @@ def module_dtypes(evidence: Evidence) -> Iterator[Measurement]:
 
     What counts is the dtype that the values take, not the one they are kept in: a copy in float32 of what was
     computed in bfloat16 is no difference. A model that computes parts of itself in float32 on both sides is right.
+    Compared are the outputs of modules and, where only functions of torch are called, what they compute inside.
 
     Usual causes:
         A residual stream, a router, a norm's output or a head kept in float32 on one side only: a branch
@@ -281,16 +282,22 @@ def module_dtypes(evidence: Evidence) -> Iterator[Measurement]:
     Reports:
         #19925 #48390 trl#4303 NeMo-RL#3936
     """
-    trained = precision(evidence).modules
-    sides = [(size, rank_zero(evidence, "bfloat16", size).modules) for size in every_size(evidence, "bfloat16")]
-    if not any(trained.keys() & served.keys() for _, served in sides):
+    trained = precision(evidence)
+    sides = [(size, rank_zero(evidence, "bfloat16", size)) for size in every_size(evidence, "bfloat16")]
+    if not any(trained.modules.keys() & served.modules.keys() for _, served in sides):
         raise NotApplicable("no module of the engine has the name of one in training")
     for size, served in sides:
-        common = [name for name in trained if name in served]
+        common = [name for name in trained.modules if name in served.modules]
+        pairs = [(name, "", trained.modules[name], served.modules[name]) for name in common]
+        pairs += [
+            (name, "inside ", dtype, served.inside[name])
+            for name, dtype in trained.inside.items()
+            if name in served.inside
+        ]
         different = [
-            f"{name or 'the model'}: {trained[name]} in training, {served[name]} in the engine"
-            for name in common
-            if trained[name] != served[name]
+            f"{where}{name or 'the model'}: {ours} in training, {theirs} in the engine"
+            for name, where, ours, theirs in pairs
+            if ours != theirs
         ]
         yield violations(f"modules of {len(common)} that compute in another dtype", different, row(size))
 

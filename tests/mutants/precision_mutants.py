@@ -72,6 +72,28 @@ def one_layer_in_float32_while_recording(model: Any) -> None:
     rest.forward = lambda x, *tables, inner=rest.forward: inner(x.to(model.norm.weight.dtype), *tables)
 
 
+@mutant(caught_by="logits.module_dtypes", reports="", tp=(1, 2), alone=True)
+def norm_statistics_narrow_in_the_engine(model: Any) -> None:
+    """What the norm gives is bfloat16 on both sides; the engine computes its statistics in bfloat16 too."""
+    if engine_config() is not None:
+        norm = model.layers[1].mlp_norm
+        norm.forward = lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+
+@mutant(caught_by="logits.module_dtypes", reports="", alone=True)
+def activation_wide_in_training_mode(model: Any) -> None:
+    """A gated activation in float32 and cast back, in training mode only."""
+    mlp = model.layers[2].mlp
+    narrow = mlp.forward
+
+    def wide(x: Tensor) -> Tensor:
+        gate, up = mlp.gate_up(x).chunk(2, -1)
+        out: Tensor = mlp.down((F.silu(gate.float()) * up.float()).to(x.dtype))
+        return out
+
+    mlp.forward = lambda x: (wide if model.training else narrow)(x)
+
+
 @mutant(caught_by="logits.float16_range", reports="transformers#9295, transformers#39972", alone=True)
 def residual_beyond_float16(model: Any) -> None:
     """Embeddings are scaled up by so much that the residual stream leaves float16's range; norms hide it."""

@@ -212,7 +212,7 @@ def near_ties(
             [_margin_errors(run[index][call], theirs) for index, theirs in alike.items()] for run in (tested, *moved)
         ]
         found = noise.sizes(errors, draws)
-        typical = torch.cat([*found, torch.zeros(0)]).median() / MEDIAN_OF_NORMAL
+        typical = torch.cat([*errors, torch.zeros(0)]).median() / MEDIAN_OF_NORMAL
         for (index, theirs), error in zip(alike.items(), found, strict=True):
             eps = torch.finfo(tested[index][call].scores.dtype).eps
             rounding = 2 * ULP_FACTOR * eps * _finite(theirs.scores.double()).abs().amax(-1)

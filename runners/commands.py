@@ -468,12 +468,13 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], we
             yield built
 
     with state.phase("running the reference"):
-        with built_in(dtype) as built:
-            tested = teacher_forcing.run(built, sequences)
         with built_in(higher) as built:
             exact = teacher_forcing.run(built, sequences)
             moved = teacher_forcing.with_moved_weights(built, exact, DTYPES[dtype])
-            noise = teacher_forcing.noise_floors(tested, exact, moved)
+        with built_in(dtype) as built:
+            tested = teacher_forcing.run(built, sequences, like=exact)
+        noise = teacher_forcing.noise_floors(tested, exact, moved)
+        with built_in(higher) as built:
             turns = teacher_forcing.turns(built, tested, exact, moved)
     own = "its vLLM layers evaluated by plain PyTorch" if built.native else "run as plain PyTorch outside vLLM"
     return ReferenceRun(

@@ -79,7 +79,8 @@ class Seen:
             return
         name = self._running[-1]
         given = [*_tensors(arguments)]
-        looked_up = any(isinstance(x, nn.Parameter) for x in given) and any(x.dtype in (torch.int32, torch.int64) for x in given)
+        rows = any(tensor.dtype in (torch.int32, torch.int64) for tensor in given)
+        looked_up = rows and any(isinstance(tensor, nn.Parameter) for tensor in given)
         if not looked_up and not any(tensor in self._embedded for tensor in given):
             return
         self._mark(output)

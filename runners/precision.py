@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from genmodel.modeling import _vllm
@@ -107,16 +108,39 @@ class Seen:
 
 
 class _Functions(TorchFunctionMode):
-    """Entered around a model's forward: sees each function of torch that the model calls, and none that those call."""
+    """Entered around a model's forward: sees each function of torch that the model calls, and none that those call.
+
+    What the model has compiled runs as it is written meanwhile: code compiled within a mode computes wrong numbers.
+    """
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()
         self._seen = seen
+        self._calls = 0
+        self._entered = contextlib.ExitStack()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         self._seen.computed(func, [*args, *(kwargs or {}).values()], output)
         return output
+
+    def watch(self, model: nn.Module) -> list[RemovableHandle]:
+        """Be entered in the first calls of the model, whatever they raise."""
+        return [
+            model.register_forward_pre_hook(lambda *_: self.begin()),
+            model.register_forward_hook(lambda *_: self.end(), always_call=True),
+        ]
+
+    def begin(self) -> None:
+        """A call begins."""
+        self._calls += 1
+        if self._calls <= CALLS:
+            self._entered.enter_context(torch.compiler.set_stance("force_eager"))
+            self._entered.enter_context(self)
+
+    def end(self) -> None:
+        """It has ended."""
+        self._entered.close()
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
@@ -145,7 +169,7 @@ def watched(model: Any) -> Iterator[Seen]:
     """
     inner: nn.Module = model.model if isinstance(model, CallableModelWrapper) else model
     seen = Seen()
-    functions = _Functions(seen)
+    functions, in_logits = _Functions(seen), _Functions(seen)
     handles = []
     for name, module in inner.named_modules():
         if _is_opaque(module):
@@ -159,41 +183,32 @@ def watched(model: Any) -> Iterator[Seen]:
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
-    forward, compute = inner.forward, model.compute_logits
-
-    def watched_forward(*arguments: Any, **keywords: Any) -> Any:
-        with functions:
-            return forward(*arguments, **keywords)
+    handles += functions.watch(inner)
+    compute = model.compute_logits
 
     def watched_logits(hidden: torch.Tensor, *arguments: Any) -> Any:
         seen.begin(COMPUTE_LOGITS, [hidden])
-        with functions:
+        in_logits.begin()
+        try:
             logits = compute(hidden, *arguments)
+        finally:
+            in_logits.end()
         seen.end(COMPUTE_LOGITS, [hidden], logits)
         return logits
 
-    with _replaced(inner, "forward", watched_forward), _replaced(model, "compute_logits", watched_logits):
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
+    own = vars(model).get("compute_logits")
+    model.compute_logits = watched_logits
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+        if own is None:
+            del model.compute_logits
+        else:
+            model.compute_logits = own
     for name in seen.opaque:
         seen.inside.pop(name, None)
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
-    """A method of an object is another one for a while."""
-    own = vars(owner).get(name)
-    setattr(owner, name, method)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
 
 
 def _is_opaque(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ Shapes: R rows of scores, n scores to a row, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,8 @@ ULP_FACTOR = 4.0
 """Units in the last place, at the largest value, that it may be off on top."""
 MEDIAN_OF_NORMAL = 0.6745
 """The median of |x| for a standard normal x, which makes a deviation of a median."""
-HALVES = 8
-"""Ways to split the near ties in two halves, of which each is turned without the other.
-
-A choice that is turned may turn one after it, which has to be seen without that one being turned back: each way to
-split shows any two apart, one turned and the other not, with a chance of one half.
-"""
+HALVES = 4
+"""Ways to split the near ties at random in two halves, of which each is turned without the other."""
 
 aten = torch.ops.aten
 
@@ -212,7 +208,7 @@ def near_ties(
             [_margin_errors(run[index][call], theirs) for index, theirs in alike.items()] for run in (tested, *moved)
         ]
         found = noise.sizes(errors, draws)
-        typical = torch.cat([*errors, torch.zeros(0)]).median() / MEDIAN_OF_NORMAL
+        typical = torch.cat([*found, torch.zeros(0)]).median() / MEDIAN_OF_NORMAL
         for (index, theirs), error in zip(alike.items(), found, strict=True):
             eps = torch.finfo(tested[index][call].scores.dtype).eps
             rounding = 2 * ULP_FACTOR * eps * _finite(theirs.scores.double()).abs().amax(-1)
@@ -243,8 +239,10 @@ def turns(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How far turning near ties moves the logits of each position: largest and mean over V, [T], the most of all runs.
 
-    All near ties are turned together, and halves of them, so that none is always turned with another one. What is a
-    near tie is asked anew in every run: a choice that is turned moves the margins of those after it.
+    All near ties are turned together, and halves of them, so that none is always turned with another one. A choice that
+    is turned may turn one of a later call, and turning that one too would hide it: so calls are split by the digits of
+    their binary numbers as well, which sets any two apart. What is a near tie is asked anew in every run: a choice that
+    is turned moves the margins of those after it.
 
     Args:
         logits: runs the model on one sequence, [T, V].
@@ -252,20 +250,36 @@ def turns(
         limits: the sequence's, of `near_ties`.
     """
     largest, mean = (torch.zeros(len(base), dtype=torch.float64) for _ in range(2))
-    for half in (None, *range(2 * HALVES)):
+    for half in _halves([*limits]):
 
-        def turned(call: int, margins: torch.Tensor, half: int | None = half) -> torch.Tensor | None:
+        def turned(call: int, margins: torch.Tensor, half: Half = half) -> torch.Tensor | None:
             if call not in limits or limits[call].shape != margins.shape:
                 return None
-            near = margins <= limits[call]
-            if half is None:
-                return near
-            generator = torch.Generator().manual_seed(1000 * call + half // 2)
-            drawn = torch.rand(len(margins), generator=generator) < 0.5
-            return near & (drawn if half % 2 else ~drawn).to(near.device)
+            return (margins <= limits[call]) & half(call, len(margins)).to(margins.device)
 
         with Choices(turned):
             moved = (logits().double() - base.double()).abs()
         largest = torch.maximum(largest, moved.amax(-1))
         mean = torch.maximum(mean, moved.mean(-1))
     return largest, mean
+
+
+Half = Callable[[int, int], torch.Tensor]
+"""From a call and its number of rows to the rows that are turned if they are near ties, [R] bool."""
+
+
+def _halves(calls: Sequence[int]) -> Iterator[Half]:
+    """All, halves of each call's rows drawn at random, and halves of the calls; each half with its complement."""
+    number = {call: index for index, call in enumerate(calls)}
+    yield lambda call, rows: torch.ones(rows, dtype=torch.bool)
+    for other in (False, True):
+        for draw in range(HALVES):
+            yield lambda call, rows, draw=draw, other=other: _drawn(1000 * call + draw, rows) ^ other  # type: ignore[misc]
+        for digit in range((len(calls) - 1).bit_length()):
+            yield lambda call, rows, digit=digit, other=other: (  # type: ignore[misc]
+                torch.full((rows,), bool(number[call] >> digit & 1) ^ other)
+            )
+
+
+def _drawn(seed: int, rows: int) -> torch.Tensor:
+    return torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.5

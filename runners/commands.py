@@ -473,9 +473,10 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], we
             moved = teacher_forcing.with_moved_weights(built, exact, DTYPES[dtype])
         with built_in(dtype) as built:
             tested = teacher_forcing.run(built, sequences, like=exact)
+            free = teacher_forcing.run(built, sequences) if any(exact.made) else tested
         noise = teacher_forcing.noise_floors(tested, exact, moved)
         with built_in(higher) as built:
-            turns = teacher_forcing.turns(built, tested, exact, moved)
+            turns = teacher_forcing.turns(built, tested, exact, moved, free)
     own = "its vLLM layers evaluated by plain PyTorch" if built.native else "run as plain PyTorch outside vLLM"
     return ReferenceRun(
         description=_describe_reference(spec)

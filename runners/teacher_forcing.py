@@ -68,15 +68,26 @@ def noise_floors(tested: Run, exact: Run, moved: Sequence[Run]) -> LargestAndMea
     return dict(zip(exact.logits, noise.sizes(distances[0], distances[1:]), strict=True))
 
 
-def turns(built: standalone.Standalone, tested: Run, exact: Run, moved: Sequence[Run]) -> LargestAndMean:
-    """How far each position moves with the near ties of its sequence; only sequences that have any."""
+def turns(built: standalone.Standalone, tested: Run, exact: Run, moved: Sequence[Run], free: Run) -> LargestAndMean:
+    """How far each position moves with the near ties of its sequence; only sequences that have any.
+
+    Args:
+        built: the reference in the higher precision.
+        tested: a run in the tested dtype with the choices of the exact one.
+        exact: a run in the higher precision.
+        moved: runs with weights moved.
+        free: a run in the tested dtype with choices of its own, which shows what rounding did turn.
+    """
     ties = choices.near_ties(tested.made, exact.made, [other.made for other in moved])
+    found = {}
     with torch.no_grad():
-        return {
-            sequence: choices.turns(lambda s=sequence: built.logits(torch.tensor(s)), logits, found)  # type: ignore[misc]
-            for (sequence, logits), found in zip(exact.logits.items(), ties, strict=True)
-            if found
-        }
+        for (sequence, logits), limits in zip(exact.logits.items(), ties, strict=True):
+            if limits:
+                tokens = torch.tensor(sequence)
+                largest, mean = choices.turns(lambda tokens=tokens: built.logits(tokens), logits, limits)  # type: ignore[misc]
+                turned = _over_vocabulary(free.logits[sequence], logits)
+                found[sequence] = torch.stack([largest, mean]).maximum(turned)
+    return found
 
 
 def _over_vocabulary(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

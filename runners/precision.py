@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,61 +40,92 @@ OPAQUE = {
 """Functions that compute in float32 inside, whatever they are given and give."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Made:
+    """Where a tensor came from."""
+
+    call: object
+    """The call of a module that computed it; None for parameters, buffers and what the model was given."""
+    dtype: torch.dtype | None
+    """What it takes to hold its values; None for what a submodule gave."""
+    parents: tuple[_Made | None, ...]
+    """What it was computed from; None for a tensor that nobody saw being made."""
+    live: bool
+    """Whether it depends on the embedded tokens. Tables of positions do not, nor do weights made of weights."""
+
+
 class Seen:
     """What `watched` saw, by module in order of execution; "" is the model itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Iterable[torch.Tensor] = ()) -> None:
         self.dtypes: dict[str, str] = {}
         """The widest dtype of what a module gave, such as "bfloat16"."""
         self.inside: dict[str, str] = {}
-        """The widest dtype of what it computes on the way, submodules apart; only if that can be seen."""
+        """The widest dtype of what it computes on the way to that, submodules apart; only if all of it can be seen."""
         self.largest: dict[str, float] = {}
         """The largest finite |value| that it was given or gave."""
-        self._calls: Counter[str] = Counter()
-        self._running: list[str] = []
-        self._embedded: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        """What depends on the embedded tokens. Tables of positions do not, nor do weights that are made of weights."""
         self.opaque: set[str] = set()
         """Modules that nobody can look into."""
+        self._calls: Counter[str] = Counter()
+        self._running: list[tuple[str, object]] = []
+        self._made = WeakIdKeyDictionary()
+        for tensor in kept:
+            self._made[tensor] = _Made(None, None, (), live=False)
 
     def begin(self, name: str, arguments: Any) -> None:
         """A module is called."""
-        if name in ("", COMPUTE_LOGITS):
+        outermost = name in ("", COMPUTE_LOGITS)
+        if outermost:
             self._running.clear()
-            self._mark(arguments)
-        self._running.append(name)
+        for tensor in _floating(arguments):
+            if outermost or tensor not in self._made:
+                self._made[tensor] = _Made(None, None, (), live=outermost)
+        self._running.append((name, object()))
         self._calls[name] += 1
         self._measure(name, arguments)
 
     def end(self, name: str, arguments: Any, output: Any) -> None:
         """A module gave something."""
-        self._running.pop()
+        _, call = self._running.pop()
         found = self._measure(name, output)
-        if any(tensor in self._embedded for tensor in _tensors(arguments)):
-            self._mark(output)
-        if self._calls[name] <= CALLS:
-            _widen(self.dtypes, name, found)
+        if self._calls[name] > CALLS:
+            return
+        _widen(self.dtypes, name, map(significant, found))
+        self._look_inside(name, call, [self._made.get(tensor) for tensor in _floating(output)])
+        around = self._running[-1][1] if self._running else None
+        parents = tuple(self._made.get(tensor) for tensor in _floating(arguments))
+        live = not parents or any(made is not None and made.live for made in parents)  # it was given tokens, or states
+        for tensor in _floating(output):
+            self._made[tensor] = _Made(around, None, parents, live)
 
     def computed(self, function: Any, arguments: Any, output: Any) -> None:
         """A function of torch was called."""
         if not self._running:
             return
-        name = self._running[-1]
+        name, call = self._running[-1]
         given = [*_tensors(arguments)]
         rows = any(tensor.dtype in (torch.int32, torch.int64) for tensor in given)
         looked_up = rows and any(isinstance(tensor, nn.Parameter) for tensor in given)
-        if not looked_up and not any(tensor in self._embedded for tensor in given):
-            return
-        self._mark(output)
-        if function in OPAQUE or getattr(function, "namespace", _namespace(function)) not in ("", "aten"):
+        parents = tuple(self._made.get(tensor) for tensor in _floating(arguments))
+        live = looked_up or any(made is not None and made.live for made in parents)
+        if live and (function in OPAQUE or _namespace(function) not in ("", "aten")):
             self.opaque.add(name)
-        elif self._calls[name] <= CALLS:
-            _widen(self.inside, name, [tensor for tensor in _tensors(output) if tensor.is_floating_point()])
+        written = arguments[:1] if function is torch.Tensor.__setitem__ else output
+        for tensor in _floating(written):
+            self._made[tensor] = _Made(call, significant(tensor) if live else None, parents, live)
 
-    def _mark(self, values: Any) -> None:
-        for tensor in _tensors(values):
-            if tensor.is_floating_point():
-                self._embedded[tensor] = True
+    def _look_inside(self, name: str, call: object, given: Sequence[_Made | None]) -> None:
+        """Keep the dtypes of all that this call computed on the way to what it gave."""
+        todo, known = [*given], set[int]()
+        while todo:
+            made = todo.pop()
+            if made is None:
+                self.opaque.add(name)
+            elif made.call is call and id(made) not in known:
+                known.add(id(made))
+                todo += made.parents
+                if made.dtype is not None:
+                    _widen(self.inside, name, [made.dtype])
 
     def _measure(self, name: str, values: Any) -> list[torch.Tensor]:
         if self._calls[name] > CALLS:
@@ -147,15 +179,19 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
     return (tensor for _, tensor in tensors_in([(None, values)]))
 
 
+def _floating(values: Any) -> list[torch.Tensor]:
+    return [tensor for tensor in _tensors(values) if tensor.is_floating_point() or tensor.is_complex()]
+
+
 def _namespace(function: Any) -> str:
     """Of an operator that is called by `torch.ops`; empty for all other functions."""
-    qualified = getattr(function, "_qualified_op_name", "")
-    return str(qualified).partition("::")[0] if qualified else ""
+    name = getattr(function, "_qualified_op_name", None) or getattr(function, "name", str)()
+    return str(name).partition("::")[0] if "::" in str(name) else ""
 
 
-def _widen(dtypes: dict[str, str], name: str, found: Sequence[torch.Tensor]) -> None:
-    """Let the dtype under a name be as wide as the widest that the values take."""
-    held = [*map(significant, found), *([getattr(torch, dtypes[name])] if name in dtypes else [])]
+def _widen(dtypes: dict[str, str], name: str, found: Iterable[torch.dtype]) -> None:
+    """Let the dtype under a name be as wide as the widest of some."""
+    held = [*found, *([getattr(torch, dtypes[name])] if name in dtypes else [])]
     if held:
         dtypes[name] = str(max(held, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
 
@@ -168,7 +204,7 @@ def watched(model: Any) -> Iterator[Seen]:
         model: the author's model, or vLLM's class around it.
     """
     inner: nn.Module = model.model if isinstance(model, CallableModelWrapper) else model
-    seen = Seen()
+    seen = Seen([*inner.parameters(), *inner.buffers()])
     functions, in_logits = _Functions(seen), _Functions(seen)
     handles = []
     for name, module in inner.named_modules():
@@ -176,10 +212,12 @@ def watched(model: Any) -> Iterator[Seen]:
             seen.opaque.add(name)
 
         def before(_: nn.Module, arguments: Any, keywords: Any, name: str = name) -> None:
-            seen.begin(name, [*arguments, *keywords.values()])
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - as torch.overrides has it
+                seen.begin(name, [*arguments, *keywords.values()])
 
         def after(_: nn.Module, arguments: Any, keywords: Any, output: Any, name: str = name) -> None:
-            seen.end(name, [*arguments, *keywords.values()], output)
+            with torch._C.DisableTorchFunction():  # noqa: SLF001
+                seen.end(name, [*arguments, *keywords.values()], output)
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
@@ -218,6 +256,7 @@ def _is_opaque(module: nn.Module) -> bool:
 
 def significant(tensor: torch.Tensor) -> torch.dtype:
     """The dtype that it takes to hold the values: a float32 copy of what was computed in bfloat16 is bfloat16."""
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     if tensor.dtype.itemsize > TESTED.itemsize and torch.equal(tensor.to(TESTED).to(tensor.dtype), tensor):
         return TESTED
     return tensor.dtype

@@ -64,6 +64,24 @@ def table_made_at_first_use(model: Any) -> None:
     norm.forward = scaled
 
 
+def other_forms_in_training(model: Any) -> None:
+    """The same numbers from other code: a norm over rows by vmap.
+
+    And a float32 statistic for the trainer, which nothing is computed from.
+    """
+    if not model.training_side:
+        return
+    model.layers[1].attn_norm.forward = torch.vmap(model.layers[1].attn_norm.forward)
+    mlp = model.layers[2].mlp.forward
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = mlp(x)
+        model.largest = out.float().logsumexp(-1).square().mean()
+        return out
+
+    model.layers[2].mlp.forward = counted
+
+
 def variant(module: Any, change: Change) -> Callable[..., nn.Module]:
     def factory(vllm_config: Any, parallel_context: ParallelContext) -> nn.Module:
         from genmodel.modeling._vllm import engine_config
@@ -87,6 +105,7 @@ RIGHT = {
     "dropout": variant(dense, dropout_in_training),
     "fast norm": variant(dense, fast_norm_in_the_engine),
     "table": variant(dense, table_made_at_first_use),
+    "other forms": variant(dense, other_forms_in_training),
 }
 OPTIONS = {name: TargetOptions(spec=f"right:{name}", target=factory) for name, factory in RIGHT.items()}
 

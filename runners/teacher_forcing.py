@@ -76,9 +76,10 @@ def turns(built: standalone.Standalone, tested: Run, exact: Run, moved: Sequence
         tested: a run in the tested dtype with the choices of the exact one.
         exact: a run in the higher precision.
         moved: runs with weights moved.
-        free: a run in the tested dtype with choices of its own, which shows what rounding did turn.
+        free: a run in the tested dtype with choices of its own: where it is off by more than rounding, it turned some.
     """
     ties = choices.near_ties(tested.made, exact.made, [other.made for other in moved])
+    floors = noise_floors(tested, exact, moved)
     found = {}
     with torch.no_grad():
         for (sequence, logits), limits in zip(exact.logits.items(), ties, strict=True):
@@ -86,6 +87,7 @@ def turns(built: standalone.Standalone, tested: Run, exact: Run, moved: Sequence
                 tokens = torch.tensor(sequence)
                 largest, mean = choices.turns(lambda tokens=tokens: built.logits(tokens), logits, limits)  # type: ignore[misc]
                 turned = _over_vocabulary(free.logits[sequence], logits)
+                turned[turned <= choices.NOISE_FACTOR * floors[sequence]] = 0.0
                 found[sequence] = torch.stack([largest, mean]).maximum(turned)
     return found
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from genmodel.reference_models import dense
+from genmodel.reference_models import dense, moe
 from genmodel.runners import noise, teacher_forcing
 from genmodel.runners.standalone import Standalone
 from test_runners_choices import tiny
@@ -94,3 +94,19 @@ def shuffled_error(model: nn.Module, exact: torch.Tensor, seed: int) -> torch.Te
         both.copy_(torch.cat([half[order] for half in both.split(size)]))
     logits = other.compute_logits(other(torch.tensor(SEQUENCE), torch.arange(len(SEQUENCE))))
     return (logits.double() - exact).abs().amax(-1)
+
+
+@torch.no_grad()
+def test_what_rounding_did_turn_counts_as_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in the tested dtype with choices of its own: where it is off by more than rounding, and nowhere else."""
+    built = Standalone(tiny(moe, torch.float64), False, None)
+    exact = teacher_forcing.run(built, [SEQUENCE])
+    tested = teacher_forcing.run(Standalone(copy.deepcopy(built.model).float(), False, None), [SEQUENCE], like=exact)
+    rows = {call: -torch.ones(len(made.scores)) for call, made in enumerate(exact.made[0])}  # no margin is that small
+    monkeypatch.setattr(teacher_forcing.choices, "near_ties", lambda *_: [rows])
+    free = teacher_forcing.Run(logits={SEQUENCE: tested.logits[SEQUENCE].double()})
+    free.logits[SEQUENCE][7, 3] += 1.0
+    largest, mean = teacher_forcing.turns(built, tested, exact, [], free)[SEQUENCE]
+    assert largest[7] == pytest.approx(1, abs=1e-4)
+    assert mean[7] > 0
+    assert largest[[*range(7), *range(8, len(SEQUENCE))]].max() == 0

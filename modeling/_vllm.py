@@ -457,6 +457,13 @@ def compiles(model: nn.Module) -> bool:
     return any(isinstance(module, bases) for module in model.modules())
 
 
+def captures_graphs() -> bool:
+    """Whether engines here replay models as CUDA graphs unless they are told to run eagerly, compiled or not."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda_alike()
+
+
 def supports_pipeline(model_class: type[nn.Module]) -> bool:
     """Whether the class declares pipeline parallelism to vLLM, completely."""
     from vllm.model_executor.models import supports_pp
@@ -481,9 +488,27 @@ def native_world(config: VllmConfig) -> Iterator[None]:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="genmodel-"))
             stack.enter_context(world(config, 0, 1, f"file://{directory}/rendezvous"))
         stack.enter_context(standalone())
+        stack.enter_context(_float64_has_a_backend())
         stack.enter_context(set_current_vllm_config(config))
         stack.enter_context(set_forward_context(None, config))
         yield
+
+
+@contextlib.contextmanager
+def _float64_has_a_backend() -> Iterator[None]:
+    """Let an attention layer of float64 be built for CUDA: none of vLLM's kernels knows it, and here none is run."""
+    from vllm.v1.attention import selector
+
+    made: Any = selector.AttentionSelectorConfig
+
+    def asked(*, dtype: torch.dtype, **others: Any) -> Any:
+        return made(dtype=torch.float32 if dtype == torch.float64 else dtype, **others)
+
+    vars(selector)["AttentionSelectorConfig"] = asked
+    try:
+        yield
+    finally:
+        vars(selector)["AttentionSelectorConfig"] = made
 
 
 @contextlib.contextmanager
@@ -539,8 +564,18 @@ def start_engine(model_dir: str, **options: Any) -> Any:
             logprobs_mode="raw_logits",
             max_logprobs=-1,
             disable_log_stats=False,
-            **options,
+            **{**_beside_others(), **options},
         )
+
+
+def _beside_others() -> dict[str, Any]:
+    """Options that let an engine start on a GPU that another process has memory of.
+
+    Else vLLM wants nine tenths of it to be free, even where it is told how large the KV cache is.
+    """
+    from vllm.platforms import current_platform
+
+    return {} if current_platform.is_cpu() else {"gpu_memory_utilization": 0.01}
 
 
 def load_in_worker(
@@ -574,7 +609,7 @@ def load_in_worker(
         skip_tokenizer_init=True,
         enforce_eager=True,
         kv_cache_memory_bytes=1 << 26,  # never allocated; without it the worker wants most of the machine's memory
-        **options,
+        **{**_beside_others(), **options},
     )
     config = arguments.create_engine_config()
     load_weights, get_all_weights = DefaultModelLoader.load_weights, DefaultModelLoader.get_all_weights
@@ -978,6 +1013,7 @@ def worker_report(worker: Any, driver: int) -> dict[str, Any]:
         "dtype": str(worker.model_config.dtype).removeprefix("torch."),
         "compiled_models": counter.num_models_seen,
         "compiled_graphs": counter.num_aot_compiles + counter.num_aot_artifacts_loaded + counter.num_graphs_seen,
+        "captured_graphs": counter.num_cudagraph_captured,
         "start_method": "in-process" if os.getpid() == driver else str(started),
         "stage": parallel_group("pp")[0],
     }

@@ -164,7 +164,8 @@ class TrainableAttention(nn.Module):
             torch's own, both for CUDA in float16 and bfloat16; "sdpa" is torch's
             scaled_dot_product_attention (plain tensor math for soft_cap and alibi_slopes), anywhere
             in any dtype.
-            "auto" takes the first of these that can.
+            "auto" takes the first of these that can, but "sdpa" for whole sequences of one length
+            that only causality masks: on CUDA none is as fast at that.
 
     Raises:
         ValueError: head counts that do not divide, arguments out of range, a backend that is not
@@ -271,7 +272,7 @@ class TrainableAttention(nn.Module):
                 f"cu_seqlens ends at {sum(packing.lengths)} but q has shape {list(q.shape)}: "
                 "packed sequences are laid end to end, [tokens, ..] or [1, tokens, ..]"
             )
-        backend = self._backend_for(q)
+        backend = self._backend_for(q, packed=packing is not None)
         if backend == "sdpa":
             return self._sdpa(q_BTHD, k_BTKD, v_BTKD, packing).reshape(q.shape)
         if packing is None:
@@ -290,7 +291,7 @@ class TrainableAttention(nn.Module):
                 f"with one or two leading dimensions, got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
             )
 
-    def _backend_for(self, q: Tensor) -> Backend:
+    def _backend_for(self, q: Tensor, *, packed: bool) -> Backend:
         dropout = self.dropout if self.training else 0.0
         half_on_cuda = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
         # Both kernels build on FlashAttention-2: head dimensions of multiples of 8, up to 256.
@@ -301,7 +302,8 @@ class TrainableAttention(nn.Module):
             "sdpa": True,
         }
         if self.backend == "auto":
-            return next(name for name, can in able.items() if can and _installed(name))
+            plain = not packed and self.sliding_window is None and self.soft_cap is None and self.alibi_slopes is None
+            return "sdpa" if plain else next(name for name, can in able.items() if can and _installed(name))
         if not able[self.backend]:
             needs = "CUDA tensors in float16 or bfloat16 with a head_dim divisible by 8 and at most 256"
             needs += ", no dropout, no soft_cap and no alibi_slopes" if self.backend == "varlen" else ""
@@ -342,6 +344,12 @@ class TrainableAttention(nn.Module):
         from torch.nn.attention.varlen import varlen_attn
 
         longest = max(packing.lengths)
+        group = self.num_heads // self.num_kv_heads
+        grouped: dict[str, Any] = {}
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # not in torch 2.11
+            grouped["enable_gqa"] = group > 1
+        elif group > 1:
+            k_TKD, v_TKD = k_TKD.repeat_interleave(group, 1), v_TKD.repeat_interleave(group, 1)
         out = varlen_attn(
             q_THD,
             k_TKD,
@@ -352,7 +360,7 @@ class TrainableAttention(nn.Module):
             longest,
             scale=self.scale,
             window_size=self._window(),
-            enable_gqa=self.num_kv_heads != self.num_heads,
+            **grouped,
         )
         assert isinstance(out, Tensor)
         return out
@@ -490,8 +498,8 @@ def _torch_varlen_is_usable() -> bool:
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     varlen: Any = importlib.import_module("torch.nn.attention.varlen")
-    # Its first releases (torch 2.10) knew neither windows nor grouped kv heads.
-    return {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen.varlen_attn).parameters)
+    # Its first release (torch 2.10) knew no windows.
+    return {"window_size", "scale"} <= set(inspect.signature(varlen.varlen_attn).parameters)
 
 
 def _check_installed(backend: Backend) -> None:
@@ -501,6 +509,6 @@ def _check_installed(backend: Backend) -> None:
         raise ValueError('backend="flash" needs the flash-attn package, which is not installed: use backend="auto"')
     if backend == "varlen" and not _installed(backend):
         raise ValueError(
-            f'backend="varlen" needs torch.nn.attention.varlen with windows and grouped kv heads, '
+            f'backend="varlen" needs torch.nn.attention.varlen with windows, '
             f'which torch {torch.__version__} does not have: use backend="auto"'
         )

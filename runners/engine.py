@@ -136,6 +136,7 @@ def _trace(llm: Any, through: Pass, plan: Plan, rank: int, weights: str, *, in_p
             block_size=facts["block_size"],
             compiled_models=min(w["compiled_models"] for w in facts["workers"]),
             compiled_graphs=min(w["compiled_graphs"] for w in facts["workers"]),
+            captured_graphs=min(w["captured_graphs"] for w in facts["workers"]),
             random_state=random_state,
             embedded_tokens=embedded_tokens,
             stages=tuple(w["stage"] for w in facts["workers"]),

@@ -134,6 +134,8 @@ class Proof:
     """Modules that vLLM compiles (those of classes with its @support_torch_compile), on the rank with the fewest."""
     compiled_graphs: int = 0
     """Graphs that vLLM has compiled for them, or loaded from its cache, likewise."""
+    captured_graphs: int = 0
+    """CUDA graphs that vLLM has captured, likewise."""
     random_state: int | None = None
     """The seed of PyTorch's random number generators when the first request was handed over."""
     embedded_tokens: int = 0
@@ -252,6 +254,8 @@ class Inspection:
     """Whether the class declares pipeline parallelism (vLLM's SupportsPP)."""
     compiles: bool = False
     """Whether vLLM compiles anything of it: some class in it has vLLM's @support_torch_compile."""
+    captures: bool = False
+    """Whether vLLM replays any model as CUDA graphs unless it is told to run eagerly: it does on CUDA, not on CPU."""
     ignores_config: bool
     """True if the factory never read its config, so that the geometry was inferred from the model."""
     ties_embeddings: bool | None = None

@@ -144,6 +144,7 @@ def inspect_target(
         max_positions=geometry.get("max_position_embeddings", configured),
         supports_pipeline=_vllm.supports_pipeline(model_class_for_vllm),
         compiles=compiles,
+        captures=_vllm.captures_graphs(),
         ignores_config=ignores,
         ties_embeddings=json.loads(Path(model_dir, "config.json").read_text()).get("tie_word_embeddings"),
         takes_embeddings=takes_embeddings,

@@ -177,8 +177,9 @@ def _read(path: str) -> str:
 
 
 def _too_large(size: int, devices: int) -> str:
+    found = "is 1 CUDA device" if devices == 1 else f"are {devices} CUDA devices"
     return (
-        f"tensor-parallel size {size} needs as many devices, and there are {devices} CUDA devices: "
+        f"tensor-parallel size {size} needs as many devices, and there {found}: "
         f"--genmodel-tp takes sizes up to {devices}"
     )
 

@@ -99,8 +99,9 @@ class Pool:
 
     @property
     def deployable(self) -> int:
-        """How many ranks a default engine can have."""
-        return self.size
+        """How many ranks a default engine can have: as many as there are devices, and on CPU any number."""
+        devices = self._environment.get("CUDA_VISIBLE_DEVICES")
+        return sys.maxsize if devices is None else len(devices.split(","))
 
     @property
     def address(self) -> str:

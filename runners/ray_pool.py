@@ -160,7 +160,7 @@ class RayPool:
     @property
     def deployable(self) -> int:
         """How many ranks a default engine can have, which starts them on its own node."""
-        return 1 if self._gpus else self._size
+        return 1 if self._gpus else sys.maxsize
 
     @property
     def address(self) -> str:

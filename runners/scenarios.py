@@ -171,7 +171,7 @@ class Asked:
     dtype: str
     tensor_parallel_size: int
     backend: str = ""
-    """The attention backend of the target's first engine; empty before there is one."""
+    """The attention backend of the target's first engine in this dtype; empty before there is one."""
 
 
 def _engine_unproven(traces: Sequence[Trace], asked: Asked) -> str:
@@ -199,7 +199,7 @@ def _other_engine(proof: Proof, asked: Asked) -> str:
 
 def _eager_unproven(traces: Sequence[Trace], asked: Asked) -> str:
     proof = traces[0].proof
-    compiles = not proof.eager or proof.compiled_models
+    compiles = not proof.eager or proof.compiled_models or proof.captured_graphs
     return "the engine compiled the model" if compiles else _engine_unproven(traces, asked)
 
 
@@ -258,21 +258,23 @@ def _refit_unproven(traces: Sequence[Trace], asked: Asked) -> str:
 
 
 def _compiled_unproven(traces: Sequence[Trace], asked: Asked) -> str:
-    return _uncompiled(traces[0].proof) or _engine_unproven(traces, asked)
+    return _uncompiled(traces[0].proof, asked.inspection) or _engine_unproven(traces, asked)
 
 
-def _uncompiled(proof: Proof) -> str:
-    """Why this engine is not one whose every rank ran compiled graphs; empty if it is."""
+def _uncompiled(proof: Proof, inspection: Inspection) -> str:
+    """Why this engine is not one whose every rank ran what vLLM compiles or captures of the model; empty if it is."""
     if proof.eager:
         return "the engine ran eagerly"
-    if not proof.compiled_models:
+    if inspection.compiles and not proof.compiled_models:
         return "vLLM saw no model that it compiles"
-    return "" if proof.compiled_graphs else "vLLM compiled no graph on some rank"
+    if inspection.compiles and not proof.compiled_graphs:
+        return "vLLM compiled no graph on some rank"
+    return "vLLM captured no CUDA graph on some rank" if inspection.captures and not proof.captured_graphs else ""
 
 
 def compiles_nothing(inspection: Inspection) -> str:
-    """Why a compiled engine of this model is an eager one; empty if it is not."""
-    if inspection.compiles:
+    """Why a compiled engine of this model is an eager one; empty if it is not: on CUDA vLLM captures graphs of any."""
+    if inspection.compiles or inspection.captures:
         return ""
     return "vLLM compiles nothing of this model: no class in it is decorated with vLLM's @support_torch_compile"
 
@@ -310,7 +312,7 @@ def _fresh_workers_unproven(trace: Trace, ranks: int) -> str:
 def deployed_unproven(traces: Sequence[Trace], asked: Asked) -> str:
     """Whether a trace comes from what users deploy: fresh worker processes, one for each rank, that compiled it."""
     (trace,) = traces
-    uncompiled = _uncompiled(trace.proof) if asked.inspection.compiles else ""
+    uncompiled = "" if compiles_nothing(asked.inspection) else _uncompiled(trace.proof, asked.inspection)
     return _fresh_workers_unproven(trace, asked.tensor_parallel_size) or uncompiled or _engine_unproven(traces, asked)
 
 

@@ -62,6 +62,7 @@ HOST_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine cores in the hosts' own processes
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # TP=2 on one NUMA node is refused otherwise
     "VLLM_HOST_IP": "127.0.0.1",
+    "TRITON_F32_DEFAULT": "ieee",  # its kernels, vLLM's float32 attention among them, else multiply in TF32
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -251,8 +252,8 @@ class _Target:
         self._timeouts: Counter[int] = Counter()
         """Engine scenarios that ran out of time, by tensor-parallel size."""
         self._commands = itertools.count()
-        self._backend = ""
-        """The attention backend of the first engine that had one."""
+        self._backends: dict[str, str] = {}
+        """The attention backend of the first engine that had one, by dtype: CUDA's fastest knows no float32."""
         self._slow = False
         """Whether the machine is to blame for one of these."""
         self._pool = pool
@@ -431,9 +432,10 @@ class _Target:
             keys = [(key, size) for key in _pass_names(name) for size in self._options.tensor_parallel_sizes]
             self.evidence.inapplicable.update(dict.fromkeys(keys, reason))
         for size in self._options.tensor_parallel_sizes:
-            if size > self._pool.deployable:
-                elsewhere = f"a default engine of {size} ranks needs a node with {size} devices"
-                self.evidence.inapplicable |= {(name, size): elsewhere for name in wanted & DEPLOYMENTS.keys()}
+            for name in wanted & DEPLOYMENTS.keys() - reasons.keys():
+                if (ranks := size * DEPLOYMENTS[name].stages) > self._pool.deployable:
+                    elsewhere = f"a default engine of {ranks} ranks needs a node with {ranks} devices"
+                    self.evidence.inapplicable[name, size] = elsewhere
         return wanted - reasons.keys()
 
     def _run_alone(self, inspection: Inspection, drafted: Plan, wanted: set[str]) -> None:
@@ -525,15 +527,16 @@ class _Target:
         """Keep every rank's traces of a scenario, by pass, or the one reason why there are none."""
         if not isinstance(found, Failure):
             scenario = ENGINE_SCENARIOS.get(name) or DEPLOYMENTS[name]
+            dtype = _dtype_of(name, self._options.dtype)
             asked = Asked(
                 inspection=inspection,
-                dtype=_dtype_of(name, self._options.dtype),
+                dtype=dtype,
                 tensor_parallel_size=size,
-                backend=self._backend,
+                backend=self._backends.get(dtype, ""),
             )
             lacking = next((reason for traces in found if (reason := scenario.unproven(traces, asked))), "")
             if not lacking:
-                self._backend = self._backend or found[0][0].proof.attention_backend
+                self._backends[dtype] = asked.backend or found[0][0].proof.attention_backend
                 for traces in zip(*found, strict=True):
                     self.evidence.traces[traces[0].scenario, size] = traces
                 return

@@ -15,6 +15,7 @@ import pytest
 
 from genmodel.runners import machine
 from genmodel.runners.machine import Share, TooSmall
+from genmodel.runners.pool import Pool
 
 MODELS = ("genmodel.reference_models.dense:factory", "genmodel.reference_models.gpt:factory")
 
@@ -49,6 +50,21 @@ def test_too_few_devices() -> None:
         machine.environment(2, Share(0, 5))
     with pytest.raises(TooSmall, match="there are 8 CUDA devices: --genmodel-tp takes sizes up to 8"):
         machine.environment(16, Share())
+
+
+def test_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says in one line that it is one, and which size it is for."""
+    monkeypatch.setattr(machine, "_cuda_devices", lambda: ["0"])
+    with pytest.raises(TooSmall, match="there is 1 CUDA device: --genmodel-tp takes sizes up to 1"):
+        machine.environment(2, Share())
+
+
+def test_a_default_engine_has_no_more_ranks_than_devices() -> None:
+    """On CPU, any number; on CUDA a pipeline of two stages needs two devices at TP=1."""
+    for devices, most in ((None, sys.maxsize), ("3", 1), ("0,1", 2)):
+        pool = Pool(1, {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
+        pool.close()
+        assert pool.deployable == most
 
 
 @pytest.mark.usefixtures("cpu")

@@ -281,7 +281,7 @@ def test_flash_attn_is_called_by_its_conventions(monkeypatch: pytest.MonkeyPatch
         for options in ({}, {"sliding_window": 3}, {"soft_cap": 0.5, "sliding_window": 2}, {"alibi_slopes": SLOPES}):
             layer = TrainableAttention(HEADS, DIM, KV_HEADS, dropout=0.25, **options)
             expected = layer.eval()(*inputs, cu_seqlens=bounds)
-            monkeypatch.setattr(layer, "_backend_for", lambda q: "flash")
+            monkeypatch.setattr(layer, "_backend_for", lambda q, packed: "flash")
             torch.testing.assert_close(layer.train()(*inputs, cu_seqlens=bounds), expected, rtol=0, atol=1e-13)
 
 

@@ -17,7 +17,7 @@ import torch
 from genmodel.conformance import catalogue
 from genmodel.conformance.verdict import Status
 from genmodel.runners import scenarios
-from genmodel.runners.evidence import Evidence, Failure, Scores, Trace
+from genmodel.runners.evidence import Evidence, Failure, Inspection, Scores, Trace
 from genmodel.runners.scenarios import DEPLOYMENTS, ENGINE_SCENARIOS, Plan, engines
 from genmodel.runners.session import Session, TargetOptions
 
@@ -215,6 +215,7 @@ PROVEN = {
         "attention ran on OTHER, and on CPU_ATTN in other engines of this model",
     ),
     "compiled": ({"compiled_models": 1}, "the engine compiled the model"),
+    "captured": ({"captured_graphs": 1}, "the engine compiled the model"),
     "not eager": ({"eager": False}, "the engine compiled the model"),
 }
 
@@ -239,6 +240,36 @@ def test_every_engine_proves_its_ranks_dtype_and_backend(name: str, field: str) 
     fields, said = PROVEN[field]
     wrong = [replace(traces[0], proof=replace(traces[0].proof, **fields))]
     assert ENGINE_SCENARIOS[name].unproven(wrong, asked) == said
+
+
+@pytest.mark.parametrize(
+    ("compiles", "captures", "counted", "said"),
+    [
+        (True, False, {"compiled_models": 1, "compiled_graphs": 1}, ""),
+        (True, False, {"compiled_graphs": 1}, "vLLM saw no model that it compiles"),
+        (True, False, {"compiled_models": 1}, "vLLM compiled no graph on some rank"),
+        (True, True, {"compiled_models": 1, "compiled_graphs": 1}, "vLLM captured no CUDA graph on some rank"),
+        (True, True, {"compiled_models": 1, "compiled_graphs": 1, "captured_graphs": 1}, ""),
+        (False, True, {}, "vLLM captured no CUDA graph on some rank"),
+        (False, True, {"captured_graphs": 1}, ""),
+    ],
+)
+def test_a_compiled_engine_proves_what_its_platform_makes_of_the_model(
+    compiles: bool, captures: bool, counted: Mapping[str, int], said: str
+) -> None:
+    """On CUDA, graphs are captured of every model, so that no default engine is an eager one."""
+    import evidence_samples
+
+    clean = evidence_samples.clean()
+    assert isinstance(clean.inspection, Inspection)
+    inspection = replace(clean.inspection, compiles=compiles, captures=captures)
+    asked = scenarios.Asked(inspection=inspection, dtype="float32", tensor_parallel_size=2)
+    assert scenarios.compiles_nothing(inspection) == ""
+    for name, judge in (("compiled", ENGINE_SCENARIOS["compiled"]), ("deployed", DEPLOYMENTS["deployed"])):
+        traces = clean.traces[name, 2]
+        assert not isinstance(traces, Failure)
+        right = replace(traces[0], proof=replace(traces[0].proof, **counted))
+        assert judge.unproven([right], asked) == said
 
 
 def unproven(evidence: Evidence) -> set[str]:

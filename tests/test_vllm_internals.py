@@ -16,6 +16,7 @@ from packaging.version import Version
 
 AS_THE_FORK_SERVER = """
 import inspect, json, os, sys
+import torch
 from genmodel.runners import commands  # takes over vLLM's freezing of the heap
 from genmodel.modeling import _vllm, lookup
 from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
@@ -30,6 +31,7 @@ _vllm.import_engine()
 _vllm._share_memory_privately()
 print(json.dumps({
     "threads": len(os.listdir("/proc/self/task")),
+    "cuda": torch.cuda.is_initialized(),
     "modules": sorted(sys.modules),
     "device": "cpu" if current_platform.is_cpu() else "gpu",
     "compiled": [*compiled, hasattr(sampler.batched_count_greater_than, "_torchdynamo_orig_callable")],
@@ -85,8 +87,9 @@ def found() -> dict[str, Any]:
 
 
 def test_it_may_fork(found: dict[str, Any]) -> None:
-    """What other threads hold at a fork, a lock say, a forked process waits for forever."""
+    """What other threads hold at a fork, a lock say, a forked process waits for forever, and CUDA outlives no fork."""
     assert found["threads"] == 1
+    assert not found["cuda"]
 
 
 @pytest.mark.parametrize(

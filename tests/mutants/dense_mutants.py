@@ -231,7 +231,7 @@ def positions_start_at_zero(model: Any) -> None:
     forward = model.forward
 
     def counted(input_ids: Tensor, positions: Tensor) -> Tensor:
-        hidden: Tensor = forward(input_ids, torch.arange(positions.shape[0]))
+        hidden: Tensor = forward(input_ids, torch.arange(positions.shape[0], device=positions.device))
         return hidden
 
     model.forward = counted
@@ -338,7 +338,7 @@ def one_prefix_for_all_layers(model: Any) -> None:
 def forward_without_positions(model: Any) -> None:
     """vLLM passes `positions`, and forward has no such argument."""
     forward = model.forward
-    model.forward = lambda input_ids: forward(input_ids, torch.arange(input_ids.shape[0]))
+    model.forward = lambda input_ids: forward(input_ids, torch.arange(input_ids.shape[0], device=input_ids.device))
 
 
 @mutant(caught_by="interface.embed_input_ids", reports="#27583, #30469", alone=True)

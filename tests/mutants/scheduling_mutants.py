@@ -60,7 +60,7 @@ def recomputed_tokens_count_twice(model: Any) -> None:
 
     def counting(input_ids: Tensor, positions: Tensor) -> Tensor:
         keys = list(zip(input_ids.tolist(), positions.tolist(), strict=True))
-        again = torch.tensor([float(key in seen) for key in keys]).cumsum(0)
+        again = positions.new_tensor([key in seen for key in keys], dtype=torch.float32).cumsum(0)
         seen.update(keys)
         hidden: Tensor = forward(input_ids, positions) + 0.01 * again[:, None]
         return hidden

@@ -7,6 +7,7 @@ Runs each fault of tests/test_runners_hosts.py and prints docs/faults.md:
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,8 +56,11 @@ def cell(message: str) -> str:
 
 def frame(failure: Failure) -> str:
     """The innermost frame of the model's own code that the report shows."""
-    found = re.findall(r'fatal_targets\.py"?, line \d+,? in (\w+)', failure.details)
-    return f"`{found[-1]}`" if found else ""
+    found = re.findall(r'fatal_targets\.py", line \d+(,?) in (\w+)', failure.details)
+    if not found:
+        return ""
+    comma, name = found[-1]
+    return f"`{name if comma else found[0][1]}`"  # without a comma it is faulthandler's, the most recent call first
 
 
 HEAD = """# Faults
@@ -85,6 +89,7 @@ message often does not say which process failed, or how.
 
 def main() -> None:
     """Print the page."""
+    os.environ.setdefault("FATAL_TRACE", os.devnull)  # where a pickle that was executed would leave its trace
     print(HEAD.format(version=__version__))
     print(*rows(of_hosts(), "plain"), sep="\n")
     print(DEPLOYED)

@@ -288,11 +288,13 @@ def module_dtypes(evidence: Evidence) -> Iterator[Measurement]:
         raise NotApplicable("no module of the engine has the name of one in training")
     for size, served in sides:
         common = [name for name in trained.modules if name in served.modules]
+        # The work of a submodule that only one side calls is done by those around it on the other.
+        apart = trained.modules.keys() ^ served.modules.keys()
         pairs = [(name, "", trained.modules[name], served.modules[name]) for name in common]
         pairs += [
             (name, "inside ", dtype, served.inside[name])
             for name, dtype in trained.inside.items()
-            if name in served.inside
+            if name in served.inside and not any(other.startswith(f"{name}." if name else "") for other in apart)
         ]
         different = [
             f"{where}{name or 'the model'}: {ours} in training, {theirs} in the engine"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -180,6 +181,34 @@ _CHOOSING = {
 """Where each has its `dim`."""
 
 
+class TurnedKinks(TorchDispatchMode):
+    """Entered around passes: units of relu or leaky relu whose input is nearly zero are on the other side of it.
+
+    Rounding may put them there, and their gradients jump.
+
+    Args:
+        share: of the largest input of a call, up to which one is nearly zero.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._share = share
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.relu.default:
+            answer = func(*args)
+            least = torch.full_like(answer, torch.finfo(answer.dtype).tiny)  # backward asks if the result is above zero
+            return torch.where(self._near(args[0]), least * (args[0] <= 0), answer)
+        if func is aten.leaky_relu_backward.default:
+            gradient, given, *others = args
+            return func(gradient, torch.where(self._near(given), -given, given), *others)
+        return func(*args, **(kwargs or {}))
+
+    def _near(self, given: torch.Tensor) -> torch.Tensor:
+        sizes = given.abs()
+        return sizes <= self._share * sizes.max() if sizes.numel() else sizes > 0
+
+
 def near_ties(
     tested: Sequence[Sequence[Choice]],
     higher: Sequence[Sequence[Choice]],
@@ -270,16 +299,21 @@ Half = Callable[[int, int], torch.Tensor]
 
 def _halves(calls: Sequence[int]) -> Iterator[Half]:
     """All, halves of each call's rows drawn at random, and halves of the calls; each half with its complement."""
-    number = {call: index for index, call in enumerate(calls)}
-    yield lambda call, rows: torch.ones(rows, dtype=torch.bool)
-    for other in (False, True):
-        for draw in range(HALVES):
-            yield lambda call, rows, draw=draw, other=other: _drawn(1000 * call + draw, rows) ^ other  # type: ignore[misc]
-        for digit in range((len(calls) - 1).bit_length()):
-            yield lambda call, rows, digit=digit, other=other: (  # type: ignore[misc]
-                torch.full((rows,), bool(number[call] >> digit & 1) ^ other)
-            )
 
+    def drawn(draw: int, call: int, rows: int) -> torch.Tensor:
+        return torch.rand(rows, generator=torch.Generator().manual_seed(1000 * call + draw)) < 0.5
 
-def _drawn(seed: int, rows: int) -> torch.Tensor:
-    return torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.5
+    def numbered(digit: int, call: int, rows: int) -> torch.Tensor:
+        return torch.full((rows,), bool(calls.index(call) >> digit & 1))
+
+    def complement(half: Half, call: int, rows: int) -> torch.Tensor:
+        return ~half(call, rows)
+
+    yield lambda _, rows: torch.ones(rows, dtype=torch.bool)
+    digits = (len(calls) - 1).bit_length()
+    for half in (
+        *(partial(drawn, draw) for draw in range(HALVES)),
+        *(partial(numbered, digit) for digit in range(digits)),
+    ):
+        yield half
+        yield partial(complement, half)

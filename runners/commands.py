@@ -21,6 +21,7 @@ from genmodel.modeling.registration import register_model, resolve
 from genmodel.modeling.wrapper import InterfaceError, is_vllm_style, placeholder
 from genmodel.runners import (
     checkpoint,
+    choices,
     coding,
     engine,
     fates,
@@ -475,8 +476,11 @@ def reference(state: State, spec: Spec, sequences: Sequence[tuple[int, ...]], we
             tested = teacher_forcing.run(built, sequences, like=exact)
             free = teacher_forcing.run(built, sequences) if any(exact.made) else tested
         noise = teacher_forcing.noise_floors(tested, exact, moved)
-        with built_in(higher) as built:
-            turns = teacher_forcing.turns(built, tested, exact, moved, free)
+        ties = choices.near_ties(tested.made, exact.made, [run.made for run in moved])
+        turns: teacher_forcing.LargestAndMean = {}
+        if any(ties):
+            with built_in(higher) as built:
+                turns = teacher_forcing.turns(built, exact, ties, noise, free)
     own = "its vLLM layers evaluated by plain PyTorch" if built.native else "run as plain PyTorch outside vLLM"
     return ReferenceRun(
         description=_describe_reference(spec)

@@ -40,6 +40,9 @@ OPAQUE = {
 """Functions that compute in float32 inside, whatever they are given and give."""
 
 
+_unseen = torch._C.DisableTorchFunction  # noqa: SLF001 - no public name; entered, functions are not seen by any mode
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Made:
     """Where a tensor came from."""
@@ -212,11 +215,11 @@ def watched(model: Any) -> Iterator[Seen]:
             seen.opaque.add(name)
 
         def before(_: nn.Module, arguments: Any, keywords: Any, name: str = name) -> None:
-            with torch._C.DisableTorchFunction():  # noqa: SLF001 - as torch.overrides has it
+            with _unseen():
                 seen.begin(name, [*arguments, *keywords.values()])
 
         def after(_: nn.Module, arguments: Any, keywords: Any, output: Any, name: str = name) -> None:
-            with torch._C.DisableTorchFunction():  # noqa: SLF001
+            with _unseen():
                 seen.end(name, [*arguments, *keywords.values()], output)
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))

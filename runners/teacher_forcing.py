@@ -1,12 +1,13 @@
 """The reference on given token sequences: its logits, and how far rounding may move them.
 
-Shapes: T positions, V vocabulary, R rows of scores.
+Shapes: T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -68,27 +69,30 @@ def noise_floors(tested: Run, exact: Run, moved: Sequence[Run]) -> LargestAndMea
     return dict(zip(exact.logits, noise.sizes(distances[0], distances[1:]), strict=True))
 
 
-def turns(built: standalone.Standalone, tested: Run, exact: Run, moved: Sequence[Run], free: Run) -> LargestAndMean:
+@torch.no_grad()
+def turns(
+    built: standalone.Standalone,
+    exact: Run,
+    ties: Sequence[Mapping[int, torch.Tensor]],
+    floors: Mapping[Tokens, torch.Tensor],
+    free: Run,
+) -> LargestAndMean:
     """How far each position moves with the near ties of its sequence; only sequences that have any.
 
     Args:
         built: the reference in the higher precision.
-        tested: a run in the tested dtype with the choices of the exact one.
-        exact: a run in the higher precision.
-        moved: runs with weights moved.
+        exact: what it gave.
+        ties: the limits of `choices.near_ties`, by sequence.
+        floors: of `noise_floors`.
         free: a run in the tested dtype with choices of its own: where it is off by more than rounding, it turned some.
     """
-    ties = choices.near_ties(tested.made, exact.made, [other.made for other in moved])
-    floors = noise_floors(tested, exact, moved)
     found = {}
-    with torch.no_grad():
-        for (sequence, logits), limits in zip(exact.logits.items(), ties, strict=True):
-            if limits:
-                tokens = torch.tensor(sequence)
-                largest, mean = choices.turns(lambda tokens=tokens: built.logits(tokens), logits, limits)  # type: ignore[misc]
-                turned = _over_vocabulary(free.logits[sequence], logits)
-                turned[turned <= choices.NOISE_FACTOR * floors[sequence]] = 0.0
-                found[sequence] = torch.stack([largest, mean]).maximum(turned)
+    for (sequence, logits), limits in zip(exact.logits.items(), ties, strict=True):
+        if limits:
+            again = partial(built.logits, torch.tensor(sequence))
+            turned = _over_vocabulary(free.logits[sequence], logits)
+            turned[turned <= choices.NOISE_FACTOR * floors[sequence]] = 0.0
+            found[sequence] = torch.stack([*choices.turns(again, logits, limits)]).maximum(turned)
     return found
 
 

@@ -21,13 +21,15 @@ from torch import nn
 from genmodel.modeling.attention import TrainableAttention, packed_sequences
 from genmodel.modeling.wrapper import accepts, embedding_method
 from genmodel.runners import coding, low_precision, training_modes
-from genmodel.runners.choices import SameChoices
+from genmodel.runners.choices import SameChoices, TurnedKinks
 from genmodel.runners.evidence import FEW, Given, Layout, Way, Ways, WorstGradient
 
 BOUNDARIES = "cu_seqlens"
 """The argument of a forward that takes packs of sequences, by flash-attn's name."""
 SMALL = 0.1
 """Share of the model's largest gradient that errors are measured by where a parameter's own is smaller."""
+KINKS = 4
+"""Deviations of rounding at the largest input of a relu, up to which another input may be on either side of zero."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,8 @@ def _in_float32(
 
     A matrix product is one operation there and a sum of many in float32. Rounding after each of n additions makes
     sqrt(n) times the error of rounding once (Higham and Mary 2019, "A New Approach to Probabilistic Rounding Error
-    Analysis", https://doi.org/10.1137/18M1226312), and the noise is that of the longest sum there can be.
+    Analysis", https://doi.org/10.1137/18M1226312), and the noise is that of the longest sum there can be. What rounding
+    may put on the other side of a kink is seen by turning it.
     """
     eps = torch.finfo(torch.float32).eps
     sizes = [size for parameter in runner.trainable.values() for size in coding.local(parameter).shape]
@@ -266,9 +269,13 @@ def _in_float32(
             additions * _root_mean_square([_differences(draw, exact)[part] for draw in draws])
             for part in range(len(exact.outputs))
         ]
+        choices.again()
+        with TurnedKinks(KINKS * additions * eps):
+            turned = runner.run(plain, sequences).gradients
         noise = {
             name: additions
             * _root_mean_square([low_precision.distance(draw.gradients[name], gradient) for draw in draws])
+            + low_precision.distance(turned[name], gradient)
             for name, gradient in exact.gradients.items()
         }
         tried = []

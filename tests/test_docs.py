@@ -170,7 +170,14 @@ def test_the_tutorial_s_model_fails_and_then_passes(tmp_path: Path, monkeypatch:
     first = TargetOptions(spec="tiny.first:factory", reference=reference, tensor_parallel_sizes=(1,))
     final = TargetOptions(spec="tiny.model:factory", reference=reference)
     wrong = ["gradients.packed_sequences", "scheduling.chunked_prefill"]
-    right = [*wrong, "gradients.numeric", "logits.values", "logits.tensor_parallel", "logits.batching"]
+    right = [
+        *wrong,
+        "gradients.numeric",
+        "gradients.float32",
+        "logits.values",
+        "logits.tensor_parallel",
+        "logits.batching",
+    ]
     with Session([first, final]) as session:
         statuses = {
             (options.spec, name): judge(get(name), session.collect(options, get(name).needs)).status

@@ -46,9 +46,9 @@ def dropout_in_training(model: Any) -> None:
 
 def fast_norm_in_the_engine(model: Any) -> None:
     """PyTorch's own norm, which computes in float32 inside, where training spells it out."""
-    norm, eps = model.norm, model.norm.eps
-    fast = lambda x: torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, eps)  # noqa: E731
-    norm.forward = norm.forward if model.training_side else fast
+    norm = model.norm
+    if not model.training_side:
+        norm.forward = lambda x: torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
 
 
 def table_made_at_first_use(model: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from genmodel.modeling.parallel_context import ParallelContext
 from genmodel.reference_models import dense, moe
 from genmodel.runners.checkpoint import TINY_CONFIG
-from genmodel.runners.choices import Choice, Choices, near_ties, turns
+from genmodel.runners.choices import Choice, Choices, TurnedKinks, near_ties, turns
 
 SCORES = torch.tensor([[3.0, 9.0, 5.0, 4.0], [1.0, 0.0, 2.0, 8.0]])  # margins of the second and third: 1, 1
 
@@ -223,3 +223,15 @@ def test_a_margin_that_was_exact_by_luck_is_no_wider_than_others() -> None:
     assert lucky[4] < 0.01
     assert drawn[4] == pytest.approx(0.4, rel=0.01)  # four times the error of the others, a hundred times as sensitive
     torch.testing.assert_close(drawn[:4], lucky[:4])
+
+
+@pytest.mark.parametrize("kink", [torch.relu, lambda x: torch.nn.functional.leaky_relu(x, 0.5)])
+def test_units_that_are_nearly_zero_are_turned(kink: Callable[[Tensor], Tensor]) -> None:
+    """Their gradients are those of the other side; all others, and every value but for next to nothing, stay."""
+    x = torch.tensor([1e-9, -1e-9, 0.5, -1.0], dtype=torch.float64, requires_grad=True)
+    plain = torch.autograd.grad(kink(x).sum(), x)[0]
+    with TurnedKinks(1e-6):
+        value = kink(x)
+        turned = torch.autograd.grad(value.sum(), x)[0]
+    assert turned.tolist() == [plain[1], plain[0], plain[2], plain[3]]
+    torch.testing.assert_close(value, kink(x), atol=1e-8, rtol=0)

@@ -97,16 +97,16 @@ def shuffled_error(model: nn.Module, exact: torch.Tensor, seed: int) -> torch.Te
 
 
 @torch.no_grad()
-def test_what_rounding_did_turn_counts_as_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_rounding_did_turn_counts_as_a_turn() -> None:
     """A run in the tested dtype with choices of its own: where it is off by more than rounding, and nowhere else."""
     built = Standalone(tiny(moe, torch.float64), False, None)
     exact = teacher_forcing.run(built, [SEQUENCE])
     tested = teacher_forcing.run(Standalone(copy.deepcopy(built.model).float(), False, None), [SEQUENCE], like=exact)
-    rows = {call: -torch.ones(len(made.scores)) for call, made in enumerate(exact.made[0])}  # no margin is that small
-    monkeypatch.setattr(teacher_forcing.choices, "near_ties", lambda *_: [rows])
+    none = {call: -torch.ones(len(made.scores)) for call, made in enumerate(exact.made[0])}  # no margin is that small
     free = teacher_forcing.Run(logits={SEQUENCE: tested.logits[SEQUENCE].double()})
     free.logits[SEQUENCE][7, 3] += 1.0
-    largest, mean = teacher_forcing.turns(built, tested, exact, [], free)[SEQUENCE]
+    floors = teacher_forcing.noise_floors(tested, exact, [])
+    largest, mean = teacher_forcing.turns(built, exact, [none], floors, free)[SEQUENCE]
     assert largest[7] == pytest.approx(1, abs=1e-4)
     assert mean[7] > 0
     assert largest[[*range(7), *range(8, len(SEQUENCE))]].max() == 0

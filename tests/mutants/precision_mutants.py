@@ -87,10 +87,11 @@ def activation_wide_in_training_mode(model: Any) -> None:
     narrow = mlp.forward
 
     def by_mode(x: Tensor) -> Tensor:
-        if not model.training:
-            return narrow(x)  # type: ignore[no-any-return]
-        gate, up = mlp.gate_up(x).chunk(2, -1)
-        out: Tensor = mlp.down((F.silu(gate.float()) * up.float()).to(x.dtype))
+        if model.training:
+            gate, up = mlp.gate_up(x).chunk(2, -1)
+            out: Tensor = mlp.down((F.silu(gate.float()) * up.float()).to(x.dtype))
+        else:
+            out = narrow(x)
         return out
 
     mlp.forward = by_mode
